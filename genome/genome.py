@@ -1,0 +1,79 @@
+"""The genome: an immutable description of a language model's backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ..primitives.base import Gene, Site
+
+GRAMMAR_VERSION = 1
+"""Written into every genome file; a file of a newer version is refused with a sentence."""
+
+POSITIONS = ("rope", "alibi", "learned", "none")
+NORMS = ("rmsnorm", "layernorm")
+PLACEMENTS = ("pre", "post", "sandwich")
+JOINS = ("mean", "sum", "norm")
+BYTE_VOCAB = 256
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operator: the name of a primitive or a named point, and the genes that differ from it.
+
+    `weights` is a label: all operators of one genome with the same label use one set of weights
+    (STAR's featurizer sharing, strategy "all"). `features` is a label too: the first operator with
+    it lends the keys and values that it computes, the later ones use them and make none of their
+    own (STAR's feature-group sharing; cross-layer key-value sharing, arXiv 2405.12981).
+    """
+
+    name: str
+    genes: tuple[tuple[str, Gene], ...] = ()
+    weights: str | None = None
+    features: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "genes", tuple(sorted(self.genes)))
+
+    def with_genes(self, **genes: Gene) -> Op:
+        return replace(self, genes=tuple({**dict(self.genes), **genes}.items()))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One residual position: norm, one operator or several in parallel, the join, the addition.
+
+    `join` says how parallel branches become one (with one branch it has no effect): their mean,
+    their sum, or the mean after a norm of each branch (Hymba, arXiv 2411.13676).
+    """
+
+    branches: tuple[Op, ...]
+    join: str = "mean"
+
+
+@dataclass(frozen=True)
+class Genome:
+    """Width, slots in order, position, norm and tying. See `rules.py` for what makes it valid."""
+
+    width: int
+    slots: tuple[Slot, ...]
+    position: str = "rope"
+    norm: str = "rmsnorm"
+    placement: str = "pre"
+    tied: bool = True
+    vocab: int = BYTE_VOCAB
+    """The alphabet that costs are counted with; a proxy with its own alphabet replaces it."""
+
+    def ops(self) -> Iterator[tuple[int, int, Op]]:
+        """(slot, branch, operator) in order."""
+        for i, slot in enumerate(self.slots):
+            for j, op in enumerate(slot.branches):
+                yield i, j, op
+
+    def site(self, slot: int, branch: int) -> Site:
+        """Where that operator stands, and whether it borrows its key-value features."""
+        op = self.slots[slot].branches[branch]
+        borrows = op.features is not None and any(
+            other.features == op.features and (i, j) < (slot, branch) for i, j, other in self.ops()
+        )
+        return Site(self.width, self.position, slot, len(self.slots), borrows)

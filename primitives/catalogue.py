@@ -1,0 +1,36 @@
+"""The catalogue: every primitive, one row each. Adding a primitive is one file and one row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .base import Gene, GeneError, Point, Primitive
+
+CATALOGUE: tuple[Primitive, ...] = ()
+
+_BY_NAME: dict[str, tuple[Primitive, Point | None]] = {}
+for _primitive in CATALOGUE:
+    _BY_NAME[_primitive.name] = (_primitive, None)
+    for _point in _primitive.points:
+        if _point.name in _BY_NAME:
+            raise RuntimeError(f"two rows of the catalogue are named {_point.name}")
+        _BY_NAME[_point.name] = (_primitive, _point)
+
+
+def names() -> list[str]:
+    """Every name that a genome can use: primitives and named points, sorted."""
+    return sorted(_BY_NAME)
+
+
+def find(name: str) -> tuple[Primitive, Point | None]:
+    """The primitive of that name, and the point where the name is a point's."""
+    try:
+        return _BY_NAME[name]
+    except KeyError:
+        raise GeneError(f"no primitive is named {name!r}; there are {', '.join(names())}") from None
+
+
+def resolve(name: str, genes: Mapping[str, Gene]) -> tuple[Primitive, dict[str, Gene]]:
+    """The primitive and every axis' checked value: default, then the point's, then `genes`."""
+    primitive, point = find(name)
+    return primitive, primitive.complete({**(point.genes if point else {}), **genes})
