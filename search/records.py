@@ -1,4 +1,4 @@
-"""What is known of a trial, as the driver writes it and every reader (front, report, CLI) sees it."""
+"""What is known of a trial: the driver writes it, every reader (front, report, CLI) sees it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A measured quantity: median and spread of repeats, with all conditions that it holds under."""
+    """A measured quantity: median and spread of repeats, and the conditions it holds under."""
 
     median: float
     low: float
