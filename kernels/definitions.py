@@ -1,0 +1,119 @@
+"""The definition of every operator: a loop over time that reads like the formula.
+
+Slow, and right by inspection: every other form is compared with these. They compute in float32 or,
+where the inputs are float64, in float64, and are differentiable by autograd.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .letters import BD, BHKV, BTD, BTH, BTHK, BTHV, DW, D, H
+
+
+def accumulator(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype of sums and states: the widest of the inputs', and float32 at least."""
+    dtype = torch.float32
+    for t in tensors:
+        if t is not None:
+            dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
+
+
+def matrix_state(
+    q: BTHK,
+    k: BTHK,
+    v: BTHV,
+    log_decay: H | BTH | BTHK | None,
+    state: BHKV | None,
+    scale: float,
+) -> tuple[BTHV, BHKV]:
+    """S_t = Diag(exp g_t) S_{t-1} + k_t v_t^T;  o_t = scale S_t^T q_t."""
+    batch, tokens, heads, key_width = q.shape
+    dtype = accumulator(q, k, v, log_decay, state)
+    q_, k_, v_ = (t.to(dtype) for t in (q, k, v))
+    S = _initial(state, (batch, heads, key_width, v.shape[-1]), dtype, q)
+    if log_decay is None:
+        g = torch.zeros((), dtype=dtype, device=q.device).expand(q.shape)
+    else:
+        g = log_decay if log_decay.ndim == 4 else log_decay[..., None]
+        g = g.to(dtype).expand(q.shape)
+    o = []
+    for t in range(tokens):
+        S = g[:, t, :, :, None].exp() * S + k_[:, t, :, :, None] * v_[:, t, :, None, :]
+        o.append(scale * torch.einsum("bhkv,bhk->bhv", S, q_[:, t]))
+    return torch.stack(o, dim=1).to(v.dtype), S
+
+
+def delta_rule(
+    q: BTHK,
+    k: BTHK,
+    v: BTHV,
+    beta: BTH,
+    log_decay: BTH | None,
+    state: BHKV | None,
+    scale: float,
+) -> tuple[BTHV, BHKV]:
+    """S_t = e^{g_t} (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T;  o_t = scale S_t^T q_t."""
+    batch, tokens, heads, key_width = q.shape
+    dtype = accumulator(q, k, v, beta, log_decay, state)
+    q_, k_, v_, b_ = (t.to(dtype) for t in (q, k, v, beta))
+    S = _initial(state, (batch, heads, key_width, v.shape[-1]), dtype, q)
+    g = torch.zeros_like(b_) if log_decay is None else log_decay.to(dtype)
+    o = []
+    for t in range(tokens):
+        S = g[:, t, :, None, None].exp() * S
+        read = torch.einsum("bhkv,bhk->bhv", S, k_[:, t])
+        write = b_[:, t, :, None] * (v_[:, t] - read)
+        S = S + k_[:, t, :, :, None] * write[:, :, None, :]
+        o.append(scale * torch.einsum("bhkv,bhk->bhv", S, q_[:, t]))
+    return torch.stack(o, dim=1).to(v.dtype), S
+
+
+def diagonal_scan(log_a: BTD, b: BTD, state: BD | None) -> tuple[BTD, BD]:
+    """h_t = exp(log_a_t) h_{t-1} + b_t."""
+    dtype = accumulator(log_a, b, state)
+    h = _initial(state, (b.shape[0], b.shape[2]), dtype, b)
+    out = []
+    for t in range(b.shape[1]):
+        h = log_a[:, t].to(dtype).exp() * h + b[:, t].to(dtype)
+        out.append(h)
+    return torch.stack(out, dim=1).to(b.dtype), h
+
+
+def short_conv(
+    x: BTD,
+    weight: DW,
+    bias: D | None,
+    state: Tensor | None,
+    activation: Literal["none", "silu"],
+) -> tuple[BTD, Tensor]:
+    """y_t = act(bias + sum_w weight_w x_{t-W+1+w}); the state is the last W-1 inputs, (B, D, W-1)."""
+    batch, tokens, width = x.shape
+    taps = weight.shape[1]
+    dtype = accumulator(x, weight, bias, state)
+    if state is None:
+        state = x.new_zeros(batch, width, taps - 1)
+    past = [state[:, :, i].to(dtype) for i in range(taps - 1)]
+    out = []
+    for t in range(tokens):
+        window = [*past, x[:, t].to(dtype)]
+        y = sum((weight[:, w].to(dtype) * window[w] for w in range(taps)), start=torch.zeros(()))
+        if bias is not None:
+            y = y + bias.to(dtype)
+        out.append(F.silu(y) if activation == "silu" else y)
+        past = window[1:]
+    final = torch.stack(past, dim=-1) if past else state
+    return torch.stack(out, dim=1).to(x.dtype), final.to(state.dtype)
+
+
+def _initial(
+    state: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor
+) -> Tensor:
+    if state is None:
+        return torch.zeros(shape, dtype=dtype, device=like.device)
+    return state.to(dtype)

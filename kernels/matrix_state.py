@@ -1,0 +1,109 @@
+"""The linear recurrence with a matrix state, with no decay or one per head, token or channel.
+
+S_t = Diag(exp g_t) S_{t-1} + k_t v_t^T,  o_t = scale * S_t^T q_t, per head, S of shape (K, V).
+
+Linear attention (arXiv 2006.16236) without decay, RetNet (2307.08621) with a fixed one per head,
+Mamba-2 (2405.21060) with one per token, GLA (2312.06635) with one per token and key channel.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import definitions
+from .backend import choose
+from .definitions import accumulator
+from .letters import BHKV, BTH, BTHK, BTHV, H
+
+Form = Literal["none", "fixed", "scalar", "vector"]
+
+CHUNK = 64
+VECTOR_CHUNK = 16
+"""Shorter, because the decay between two tokens is a vector there: C * K numbers per token."""
+
+
+def decay_form(log_decay: Tensor | None) -> Form:
+    """Which kind of decay a tensor is: none, fixed (H,), scalar (B, T, H) or vector (B, T, H, K)."""
+    if log_decay is None:
+        return "none"
+    forms: dict[int, Form] = {1: "fixed", 3: "scalar", 4: "vector"}
+    if log_decay.ndim not in forms:
+        raise ValueError(
+            "log_decay is None, (H,), (B, T, H) or (B, T, H, K), not of shape "
+            f"{tuple(log_decay.shape)}"
+        )
+    return forms[log_decay.ndim]
+
+
+def matrix_state(
+    q: BTHK,
+    k: BTHK,
+    v: BTHV,
+    log_decay: H | BTH | BTHK | None = None,
+    state: BHKV | None = None,
+    *,
+    scale: float | None = None,
+) -> tuple[BTHV, BHKV]:
+    """The outputs of all tokens and the state after the last.
+
+    `log_decay` is g, the natural logarithm of the decay, at most 0; `state` continues a sequence
+    (None: zeros); `scale=None` is K**-0.5. The output has v's dtype, the state float32 at least.
+    Raises `Unsupported` where a pinned backend does not serve the case, ValueError for a decay of
+    another shape.
+    """
+    form = decay_form(log_decay)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    backend = choose("matrix_state", q.device, form)
+    if backend == "definition":
+        return definitions.matrix_state(q, k, v, log_decay, state, scale)
+    if q.shape[1] == 1:
+        return _step(q, k, v, log_decay, state, scale)
+    return _chunked(q, k, v, log_decay, state, scale, form)
+
+
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """One token: an outer product and a read-out."""
+    batch, _, heads, key_width = q.shape
+    value_width = v.shape[-1]
+    dtype = accumulator(q, k, v, log_decay, state)
+    n = batch * heads
+    key = k.to(dtype).reshape(n, key_width, 1)
+    value = v.to(dtype).reshape(n, 1, value_width)
+    query = q.to(dtype).reshape(n, 1, key_width)
+    if state is None:
+        new = torch.bmm(key, value)
+    else:
+        old = state.to(dtype)
+        if log_decay is not None:
+            # (H, 1, 1), (B, H, 1, 1) or (B, H, K, 1)
+            g = log_decay[:, None, None] if log_decay.ndim == 1 else log_decay[:, 0, :, ..., None]
+            old = old * (g if g.ndim >= 3 + (log_decay.ndim > 1) else g[..., None]).exp()
+        new = torch.baddbmm(old.reshape(n, key_width, value_width), key, value)
+    o = torch.bmm(query, new) * scale
+    return (
+        o.view(batch, 1, heads, value_width).to(v.dtype),
+        new.view(batch, heads, key_width, value_width),
+    )
+
+
+def _chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor | None,
+    scale: float,
+    form: Form,
+) -> tuple[Tensor, Tensor]:
+    return definitions.matrix_state(q, k, v, log_decay, state, scale)
