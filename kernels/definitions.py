@@ -92,7 +92,7 @@ def short_conv(
     state: Tensor | None,
     activation: Literal["none", "silu"],
 ) -> tuple[BTD, Tensor]:
-    """y_t = act(bias + sum_w weight_w x_{t-W+1+w}); the state is the last W-1 inputs, (B, D, W-1)."""
+    """y_t = act(bias + sum_w weight_w x_{t-W+1+w}); the state, (B, D, W-1), is the last inputs."""
     batch, tokens, width = x.shape
     taps = weight.shape[1]
     dtype = accumulator(x, weight, bias, state)

@@ -20,10 +20,26 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    BT = BTD = BTF = BTH = BTHK = BTHV = BTGK = BTGV = BHKV = BTN = BD = BF = BDW = DW = H = D = (
-        Tensor
-    )
-    BTA = BTE = TokenIds = Scalar = Tensor
+    BT = Tensor
+    BTD = Tensor
+    BTF = Tensor
+    BTH = Tensor
+    BTHK = Tensor
+    BTHV = Tensor
+    BTGK = Tensor
+    BTGV = Tensor
+    BHKV = Tensor
+    BTN = Tensor
+    BD = Tensor
+    BF = Tensor
+    BDW = Tensor
+    DW = Tensor
+    H = Tensor
+    D = Tensor
+    BTA = Tensor
+    BTE = Tensor
+    TokenIds = Tensor
+    Scalar = Tensor
 else:
     try:
         from jaxtyping import Float, Int

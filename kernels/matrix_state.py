@@ -26,7 +26,7 @@ VECTOR_CHUNK = 16
 
 
 def decay_form(log_decay: Tensor | None) -> Form:
-    """Which kind of decay a tensor is: none, fixed (H,), scalar (B, T, H) or vector (B, T, H, K)."""
+    """The kind of decay by its shape: None, (H,), (B, T, H) or (B, T, H, K)."""
     if log_decay is None:
         return "none"
     forms: dict[int, Form] = {1: "fixed", 3: "scalar", 4: "vector"}
