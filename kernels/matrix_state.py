@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import definitions
 from .backend import choose
+from .chunks import Cut, carry, causal_exp, prefix_sums
 from .definitions import accumulator
 from .letters import BHKV, BTH, BTHK, BTHV, H
 
@@ -86,9 +87,10 @@ def _step(
     else:
         old = state.to(dtype)
         if log_decay is not None:
-            # (H, 1, 1), (B, H, 1, 1) or (B, H, K, 1)
-            g = log_decay[:, None, None] if log_decay.ndim == 1 else log_decay[:, 0, :, ..., None]
-            old = old * (g if g.ndim >= 3 + (log_decay.ndim > 1) else g[..., None]).exp()
+            kept = log_decay.to(dtype).exp()
+            if kept.ndim < 4:  # (H,) or (B, 1, H): the same for every key channel
+                kept = kept[..., None]
+            old = old * (kept if kept.ndim == 2 else kept[:, 0])[..., None]
         new = torch.baddbmm(old.reshape(n, key_width, value_width), key, value)
     o = torch.bmm(query, new) * scale
     return (
@@ -106,4 +108,32 @@ def _chunked(
     scale: float,
     form: Form,
 ) -> tuple[Tensor, Tensor]:
-    return definitions.matrix_state(q, k, v, log_decay, state, scale)
+    """Products within chunks of C tokens, and the state from chunk to chunk.
+
+    With G the sum of g since the chunk's start and S the state before the chunk,
+    o_i = exp(G_i) S^T q_i + sum_{j<=i} exp(G_i - G_j) (q_i . k_j) v_j, and
+    S' = exp(G_C) S + sum_j exp(G_C - G_j) k_j v_j^T. No exponent is positive, so nothing overflows.
+    """
+    tokens, out_dtype = q.shape[1], v.dtype
+    dtype = accumulator(q, k, v, log_decay, state)
+    cut = Cut.of(tokens, VECTOR_CHUNK if form == "vector" else CHUNK)
+    q, k, v = cut(q.to(dtype) * scale), cut(k.to(dtype)), cut(v.to(dtype))
+    if log_decay is None:
+        before, final = carry(k.mT @ v, None, state)
+        o = (q @ k.mT).tril() @ v
+        if before is not None:
+            o = o + q @ before
+        return cut.join(o).to(out_dtype), final
+    total = prefix_sums(log_decay, cut)
+    if form == "vector":
+        between = causal_exp(total[..., :, None, :] - total[..., None, :, :], dtype, query_dim=-3)
+        scores = (between * k[..., None, :, :] @ q[..., :, None]).squeeze(-1)
+    else:
+        scores = q @ k.mT * causal_exp(total - total.mT, dtype, query_dim=-2)
+    end = total[..., -1:, :]
+    written = (k * (end - total).to(dtype).exp()).mT @ v
+    before, final = carry(written, end.to(dtype).exp().mT, state)
+    o = scores @ v
+    if before is not None:
+        o = o + (q * total.to(dtype).exp()) @ before
+    return cut.join(o).to(out_dtype), final
