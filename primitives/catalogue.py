@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .base import Gene, GeneError, Point, Primitive
+from .conv import SHORT_CONV
+from .delta import DELTA
+from .gated_scan import GATED_SCAN
+from .recurrence import RECURRENCE
 
-CATALOGUE: tuple[Primitive, ...] = ()
+CATALOGUE: tuple[Primitive, ...] = (
+    RECURRENCE,
+    DELTA,
+    GATED_SCAN,
+    SHORT_CONV,
+)
 
 _BY_NAME: dict[str, tuple[Primitive, Point | None]] = {}
 for _primitive in CATALOGUE:
