@@ -10,7 +10,7 @@ from ..primitives.base import Cost
 from ..primitives.norm import norm_params
 from ..primitives.position import LearnedPosition
 from .genome import Genome
-from .model import configs
+from .resolve import configs
 
 DEFAULT_CONTEXT = 4096
 """Tokens; the context of STAR's cache objective (arXiv 2411.17800)."""

@@ -9,23 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..primitives.base import Config, State
-from ..primitives.catalogue import resolve
+from ..primitives.base import State
 from ..primitives.norm import make_norm
 from ..primitives.position import LearnedPosition
 from .genome import Genome, Op, Slot
-
-
-def configs(genome: Genome) -> list[list[Config]]:
-    """The config of every operator, per slot and branch. Raises GeneError with a sentence."""
-    rows: list[list[Config]] = []
-    for i, slot in enumerate(genome.slots):
-        row = []
-        for j, op in enumerate(slot.branches):
-            primitive, genes = resolve(op.name, dict(op.genes))
-            row.append(primitive.configure(genome.site(i, j), genes))
-        rows.append(row)
-    return rows
+from .resolve import configs
 
 
 @dataclass
