@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from .attention import ATTENTION
 from .base import Gene, GeneError, Point, Primitive
 from .conv import SHORT_CONV
 from .delta import DELTA
 from .gated_scan import GATED_SCAN
+from .mlp import MLP
+from .moe import MOE
 from .recurrence import RECURRENCE
 
 CATALOGUE: tuple[Primitive, ...] = (
+    ATTENTION,
     RECURRENCE,
     DELTA,
     GATED_SCAN,
     SHORT_CONV,
+    MLP,
+    MOE,
 )
 
 _BY_NAME: dict[str, tuple[Primitive, Point | None]] = {}
