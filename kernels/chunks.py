@@ -49,16 +49,15 @@ def prefix_sums(log_decay: Tensor, cut: Cut) -> Tensor:
     return cut(log_decay.double()).cumsum(dim=3)
 
 
-def causal_exp(difference: Tensor, dtype: torch.dtype, *, query_dim: int) -> Tensor:
-    """exp(G_i - G_j) where j <= i, else 0; i runs along `query_dim`, j along the next.
+def causal_exp(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """exp(G_i - G_j) where j <= i, else 0, (..., C, C), from prefix sums G of shape (..., C, 1).
 
     The mask comes before exp: above the diagonal the exponent is positive and may overflow, and
     the gradient of an infinity that is masked afterwards is not a number.
     """
-    size = difference.shape[query_dim]
-    later = torch.ones(size, size, dtype=torch.bool, device=difference.device).triu(1)
-    later = later.view(size, size, *[1] * (-query_dim - 2))
-    return difference.to(dtype).masked_fill(later, -torch.inf).exp()
+    size = total.shape[-2]
+    later = torch.ones(size, size, dtype=torch.bool, device=total.device).triu(1)
+    return (total - total.mT).to(dtype).masked_fill(later, -torch.inf).exp()
 
 
 def carry(

@@ -17,7 +17,8 @@ from .chunks import Cut, causal_exp, prefix_sums
 from .definitions import accumulator
 from .letters import BHKV, BTH, BTHK, BTHV
 
-CHUNK = 64
+CHUNK = 32
+"""Tokens of a chunk: the fastest of 32, 64, 128 on a CPU for heads of 16 to 64."""
 
 
 def delta_rule(
@@ -109,7 +110,7 @@ def _chunked(
         erase = weighted
     else:
         total = prefix_sums(log_decay, cut)
-        between = causal_exp(total - total.mT, dtype, query_dim=-2)
+        between = causal_exp(total, dtype)
         scores, overlap = scores * between, overlap * between
         since_start = total.to(dtype).exp()
         end = total[..., -1:, :]
