@@ -227,6 +227,9 @@ class Primitive:
     lends: bool = False
     """Its key-value features can be shared with later slots: the module has `forward_lending` and
     `forward_borrowing` (see attention.py)."""
+    lending_problem: Callable[[Config, Config], str | None] | None = None
+    """For a primitive that lends: why the second config cannot use the features of the first, as a
+    sentence; None where it can. Either config may be another primitive's."""
 
     def defaults(self) -> dict[str, Gene]:
         return {axis.name: axis.default for axis in self.axes}
