@@ -1,0 +1,144 @@
+"""Between the points: random settings of the recurrent primitives' axes keep their promises.
+
+The contract tests move one axis at a time from each point; a search moves them all. In float64 the
+orders of summation differ by about 1e-14 per term, so 1e-10 of the output's scale.
+"""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from mendel.primitives.base import Gene, GeneError, Operator, Primitive, Site
+from mendel.primitives.conv import SHORT_CONV
+from mendel.primitives.delta import DELTA
+from mendel.primitives.gated_scan import GATED_SCAN
+from mendel.primitives.recurrence import RECURRENCE
+from mendel.primitives.recurrent_parts import auto_heads
+
+WIDTH, TOKENS = 32, 19
+PRIMITIVES = (RECURRENCE, DELTA, GATED_SCAN, SHORT_CONV)
+
+
+def draw(primitive: Primitive, seed: int) -> dict[str, Gene]:
+    """Random values of all axes that go together."""
+    rng = random.Random(f"{primitive.name} {seed}")
+    while True:
+        genes: dict[str, Gene] = {
+            axis.name: rng.choice(axis.options or axis.search) for axis in primitive.axes
+        }
+        try:
+            primitive.configure(Site(WIDTH), primitive.complete(genes))
+        except GeneError:
+            continue
+        return genes
+
+
+CASES = [
+    pytest.param(p, draw(p, seed), id=f"{p.name}-{seed}") for p in PRIMITIVES for seed in range(20)
+]
+
+
+def build(primitive: Primitive, genes: dict[str, Gene]) -> Operator:
+    torch.manual_seed(0)
+    module = primitive.configure(Site(WIDTH), primitive.complete(genes)).build()
+    assert isinstance(module, Operator)
+    return module
+
+
+def tokens(dtype: torch.dtype, batch: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, TOKENS, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def pieces(module: Operator, x: Tensor, lengths: list[int]) -> Tensor:
+    state = module.init_state(x.shape[0], TOKENS, x.dtype)
+    outputs, at = [], 0
+    for n in lengths:
+        y, after = module(x[:, at : at + n], state)
+        assert after is not None
+        assert after.length == at + n
+        outputs.append(y)
+        at, state = at + n, after
+    return torch.cat(outputs, 1)
+
+
+@pytest.mark.parametrize(("primitive", "genes"), CASES)
+def test_whole_steps_and_pieces_agree(primitive: Primitive, genes: dict[str, Gene]) -> None:
+    module, x = build(primitive, genes).double(), tokens(torch.float64)
+    with torch.no_grad():
+        whole, none = module(x)
+        assert none is None
+        for lengths in ([1] * TOKENS, [TOKENS], [7, 1, 11]):
+            assert (pieces(module, x, lengths) - whole).abs().max() < 1e-10 * whole.abs().max()
+
+
+@pytest.mark.parametrize(("primitive", "genes"), CASES)
+def test_gradients_are_finite_and_reach_everything(
+    primitive: Primitive, genes: dict[str, Gene]
+) -> None:
+    module, x = build(primitive, genes), tokens(torch.float32, batch=4)
+    module(x)[0].square().sum().backward()
+    for label, p in module.named_parameters():
+        assert p.grad is not None, label
+        assert p.grad.isfinite().all(), label
+        assert p.grad.abs().max() > 0, label
+
+
+@pytest.mark.parametrize(("primitive", "genes"), CASES)
+def test_bf16_stays_near_float32(primitive: Primitive, genes: dict[str, Gene]) -> None:
+    """8 bits of mantissa through projections, recurrence and norm: a few per cent."""
+    module = build(primitive, genes).bfloat16()
+    x = tokens(torch.bfloat16)
+    with torch.no_grad():
+        low = module(x)[0]
+        assert low.dtype == torch.bfloat16
+        high = module.float()(x.float())[0]
+    assert (low.float() - high).norm() < 0.05 * high.norm()
+
+
+@pytest.mark.parametrize(("primitive", "genes"), CASES)
+def test_costs_are_the_counted_ones(primitive: Primitive, genes: dict[str, Gene]) -> None:
+    config = primitive.configure(Site(WIDTH), primitive.complete(genes))
+    module, x = build(primitive, genes), tokens(torch.float32, batch=1)
+    cost = config.cost(TOKENS, torch.float32)
+    assert cost.params == sum(p.numel() for p in module.parameters())
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        pieces(module, x, [1] * TOKENS)
+    assert counter.get_total_flops() == cost.flops_per_token * TOKENS
+    for dtype in (torch.float32, torch.bfloat16):
+        state = module.init_state(1, 5, dtype)
+        assert state.bytes() == config.cost(5, dtype).state_bytes
+
+
+@pytest.mark.parametrize("width", [16, 24, 48, 64, 80, 100, 320, 768, 2048, 4096])
+@pytest.mark.parametrize("primitive", PRIMITIVES, ids=lambda p: p.name)
+def test_points_fit_every_width(primitive: Primitive, width: int) -> None:
+    """Counted on the meta device: no memory, the real shapes."""
+    for point in ({}, *(p.genes for p in primitive.points)):
+        config = primitive.configure(Site(width), primitive.complete(point))
+        with torch.device("meta"):
+            module = config.build()
+        cost = config.cost(1, torch.float32)
+        assert cost.params == sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("inner", "target", "heads"),
+    [
+        (128, 64, 4),
+        (256, 64, 4),
+        (4096, 64, 64),
+        (4096, 128, 32),
+        (1536, 64, 24),
+        (640, 64, 10),
+        (100, 64, 4),
+        (122, 64, 61),
+        (7, 64, 7),
+        (1, 64, 1),
+    ],
+)
+def test_heads_by_themselves(inner: int, target: int, heads: int) -> None:
+    assert auto_heads(inner, target) == heads
