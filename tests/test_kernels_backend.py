@@ -1,0 +1,43 @@
+"""The choice of a backend: one place, pinned or by device, never a fallback in silence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mendel.kernels.backend import Unsupported, backends, choose, current, use_backend
+from mendel.kernels.diagonal_scan import diagonal_scan
+
+
+def test_chunked_is_the_default_on_a_cpu() -> None:
+    assert choose("matrix_state", "cpu") == "chunked"
+    assert current("delta_rule", torch.device("cpu")) == "chunked"
+
+
+def test_pinning_nests_and_ends() -> None:
+    with use_backend("definition"):
+        assert choose("matrix_state", "cpu") == "definition"
+        with use_backend("chunked"):
+            assert choose("matrix_state", "cpu") == "chunked"
+        assert choose("matrix_state", "cpu") == "definition"
+    assert choose("matrix_state", "cpu") == "chunked"
+
+
+def test_a_pin_ends_with_an_error() -> None:
+    with pytest.raises(KeyError), use_backend("definition"):
+        raise KeyError
+    assert choose("short_conv", "cpu") == "chunked"
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="no operator is named 'attention'"):
+        backends("attention")
+
+
+def test_what_a_backend_lacks_is_refused_with_what_serves_it() -> None:
+    x = torch.zeros(1, 4, 2)
+    with (
+        use_backend("triton"),
+        pytest.raises(Unsupported, match=r"triton backend does not serve.*definition and chunked"),
+    ):
+        diagonal_scan(x, x)
