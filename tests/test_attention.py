@@ -1,0 +1,454 @@
+"""Attention against independent implementations, its cache, and shared keys and values.
+
+Float32 tolerance 1e-5 of the output's scale: the same products summed in another order agree to
+about sqrt(terms) * 2^-24, a tenth of that at these sizes.
+"""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BloomConfig, LlamaConfig, MistralConfig, MptConfig, Qwen3Config
+from transformers.masking_utils import create_sliding_window_causal_mask
+from transformers.models.bloom import modeling_bloom as bloom
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.mpt import modeling_mpt as mpt
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
+from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
+
+from mendel.primitives.attention import (
+    Attention,
+    AttentionConfig,
+    BorrowingAttention,
+    configure,
+    lending_problem,
+)
+from mendel.primitives.base import Gene, GeneError, Site, State
+from mendel.primitives.catalogue import resolve
+from mendel.primitives.keyvalues import KeyValues
+from mendel.primitives.position import ContextError
+
+WIDTH = 48
+TOKENS = 37
+HEADS = 6
+
+CASES: dict[str, dict[str, Gene]] = {
+    "mha": {},
+    "gqa": {"kv_heads": 2},
+    "mqa-alibi": {"kv_heads": 1, "position": "alibi"},
+    "sliding": {"pattern": "sliding", "window": 9},
+    "sliding-alibi": {"pattern": "sliding", "window": 9, "position": "alibi", "kv_heads": 3},
+    "window-1": {"pattern": "sliding", "window": 1},
+    "conv": {"conv": 4, "pattern": "sliding", "window": 16},
+    "conv-1": {"conv": 1},
+    "everything": {
+        "kv_heads": 2,
+        "head_dim": 10,
+        "qk_norm": True,
+        "gate": "sigmoid",
+        "bias": True,
+        "conv": 3,
+        "rope_theta": 500.0,
+    },
+}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 6e-2}
+"""float64 for the same reason as float32; bf16 has 8 bits, lost at other places in other orders."""
+
+
+def config(
+    genes: dict[str, Gene] | None = None, borrows: bool = False, position: str = "rope"
+) -> AttentionConfig:
+    _, full = resolve("attention", {"heads": HEADS, **(genes or {})})
+    return configure(Site(WIDTH, position, borrows=borrows), full)
+
+
+def build(genes: dict[str, Gene] | None = None, dtype: torch.dtype = torch.float32) -> Attention:
+    torch.manual_seed(0)
+    module = config(genes).build().to(dtype)
+    assert isinstance(module, Attention)
+    return module
+
+
+def borrower(genes: dict[str, Gene] | None = None) -> BorrowingAttention:
+    torch.manual_seed(3)
+    module = config(genes, borrows=True).build()
+    assert isinstance(module, BorrowingAttention)
+    return module
+
+
+def inputs(tokens: int = TOKENS, dtype: torch.dtype = torch.float32, batch: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, tokens, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+
+
+def decode(module: Attention, x: Tensor, pieces: Sequence[int]) -> tuple[Tensor, State]:
+    state: State | None = module.init_state(x.shape[0], x.shape[1], x.dtype)
+    out = []
+    for part in x.split(list(pieces), 1):
+        y, state = module(part, state)
+        out.append(y)
+    assert state is not None
+    return torch.cat(out, 1), state
+
+
+def copy_projections(to: Attention, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> None:
+    with torch.no_grad():
+        to.entry.weight.copy_(torch.cat((q, k, v)))
+        to.exit.weight.copy_(o)
+
+
+def causal_mask(tokens: int) -> Tensor:
+    """(1, 1, T, T), what transformers' eager attention adds to its scores."""
+    hidden = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+    return torch.zeros(tokens, tokens).masked_fill(hidden, torch.finfo(torch.float32).min)[
+        None, None
+    ]
+
+
+@torch.no_grad()
+def test_gqa_with_rope_is_llamas() -> None:
+    settings = LlamaConfig(
+        hidden_size=WIDTH,
+        num_attention_heads=HEADS,
+        num_key_value_heads=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    reference, x = llama.LlamaAttention(settings, 0), inputs()
+    ours = build({"kv_heads": 2, "rope_theta": 500.0})
+    copy_projections(ours, *(getattr(reference, f"{n}_proj").weight for n in "qkvo"))
+    angles = llama.LlamaRotaryEmbedding(settings)(x, torch.arange(TOKENS)[None])
+    assert error(ours(x)[0], reference(x, angles, causal_mask(TOKENS))[0]) < 1e-5
+
+
+@torch.no_grad()
+def test_the_window_is_mistrals() -> None:
+    settings = MistralConfig(
+        hidden_size=WIDTH,
+        num_attention_heads=HEADS,
+        num_key_value_heads=2,
+        head_dim=WIDTH // HEADS,
+        sliding_window=9,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    reference, x = mistral.MistralAttention(settings, 0), inputs()
+    ours = build({"kv_heads": 2, "pattern": "sliding", "window": 9})
+    copy_projections(ours, *(getattr(reference, f"{n}_proj").weight for n in "qkvo"))
+    positions = torch.arange(TOKENS)[None]
+    angles = mistral.MistralRotaryEmbedding(settings)(x, positions)
+    mask = create_sliding_window_causal_mask(settings, x, None, None, positions)
+    assert error(ours(x)[0], reference(x, angles, mask)[0]) < 1e-5
+
+
+@torch.no_grad()
+def test_alibi_with_biases_is_blooms() -> None:
+    settings = BloomConfig(
+        hidden_size=WIDTH, n_head=HEADS, hidden_dropout=0.0, attention_dropout=0.0
+    )
+    torch.manual_seed(0)
+    reference, x = bloom.BloomAttention(settings, 0).eval(), inputs()
+    for parameter in reference.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    ours = build({"position": "alibi", "bias": True})
+
+    def by_kind(fused: Tensor) -> Tensor:
+        return fused.unflatten(0, (HEADS, 3, -1)).transpose(0, 1).flatten(0, 2)
+
+    ours.entry.weight.copy_(by_kind(reference.query_key_value.weight))
+    ours.entry.bias.copy_(by_kind(reference.query_key_value.bias))
+    ours.exit.load_state_dict(reference.dense.state_dict())
+    alibi = bloom.build_alibi_tensor(torch.ones(2, TOKENS), HEADS, torch.float32)
+    expected = reference(x, torch.zeros_like(x), alibi, causal_mask(TOKENS))[0]
+    assert error(ours(x)[0], expected) < 1e-5
+
+
+@torch.no_grad()
+def test_alibi_is_mpts() -> None:
+    settings = MptConfig(d_model=WIDTH, n_heads=HEADS)
+    torch.manual_seed(0)
+    reference, x = mpt.MptAttention(settings, 0).eval(), inputs()
+    ours = build({"position": "alibi"})
+    ours.entry.load_state_dict(reference.Wqkv.state_dict())
+    ours.exit.load_state_dict(reference.out_proj.state_dict())
+    alibi = mpt.build_mpt_alibi_tensor(HEADS, TOKENS)
+    mask = torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)
+    assert error(ours(x)[0], reference(x, alibi, attention_mask=mask)[0]) < 1e-5
+
+
+@torch.no_grad()
+def test_qk_norm_is_qwen3s() -> None:
+    settings = Qwen3Config(
+        hidden_size=WIDTH,
+        num_attention_heads=HEADS,
+        num_key_value_heads=3,
+        head_dim=10,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    reference, x = qwen3.Qwen3Attention(settings, 0), inputs()
+    ours = build({"kv_heads": 3, "head_dim": 10, "qk_norm": True})
+    copy_projections(ours, *(getattr(reference, f"{n}_proj").weight for n in "qkvo"))
+    assert ours.q_norm is not None
+    assert ours.k_norm is not None
+    for norm, theirs in ((ours.q_norm, reference.q_norm), (ours.k_norm, reference.k_norm)):
+        nn.init.uniform_(theirs.weight, 0.5, 1.5)
+        norm.load_state_dict(theirs.state_dict())
+    angles = qwen3.Qwen3RotaryEmbedding(settings)(x, torch.arange(TOKENS)[None])
+    assert error(ours(x)[0], reference(x, angles, causal_mask(TOKENS))[0]) < 1e-5
+
+
+@torch.no_grad()
+def test_the_output_gate_is_qwen3_nexts() -> None:
+    settings = Qwen3NextConfig(
+        hidden_size=WIDTH,
+        num_attention_heads=HEADS,
+        num_key_value_heads=2,
+        head_dim=WIDTH // HEADS,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 1.0,
+        },
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    reference, x = qwen3_next.Qwen3NextAttention(settings, 0), inputs()
+    ours = build({"kv_heads": 2, "qk_norm": True, "gate": "sigmoid"})
+    pairs = reference.q_proj.weight.unflatten(0, (HEADS, 2, -1))
+    q, gate = (pairs[:, i].flatten(0, 1) for i in (0, 1))
+    ours.entry.weight.copy_(torch.cat((q, reference.k_proj.weight, reference.v_proj.weight, gate)))
+    ours.exit.load_state_dict(reference.o_proj.state_dict())
+    # Their norms multiply by 1 + weight, and the weights are zeros.
+    angles = qwen3_next.Qwen3NextRotaryEmbedding(settings)(x, torch.arange(TOKENS)[None])
+    assert error(ours(x)[0], reference(x, angles, causal_mask(TOKENS))[0]) < 1e-5
+
+
+class Given(nn.Module):
+    """Stands for a projection, with these outputs."""
+
+    def __init__(self, outputs: Tensor) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outputs
+
+
+@torch.no_grad()
+def test_the_convolution_acts_on_queries_keys_and_values() -> None:
+    ours, x = build({"conv": 3}), inputs()
+    assert ours.taps is not None
+    plain = build()
+    plain.exit.load_state_dict(ours.exit.state_dict())
+    mixed = ours.entry(x).transpose(1, 2)
+    convolved = F.conv1d(F.pad(mixed, (2, 0)), ours.taps[:, None], groups=mixed.shape[1])
+    plain.entry = Given(convolved.transpose(1, 2))
+    assert error(ours(x)[0], plain(x)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_any_split_equals_the_parallel_form(name: str, dtype: torch.dtype) -> None:
+    module, x = build(CASES[name], dtype), inputs(dtype=dtype)
+    whole, none = module(x)
+    assert none is None
+    assert whole.dtype == dtype
+    for pieces in ([1] * TOKENS, [TOKENS], [8, 1, 20, 1, 7], [1, 9, 9, 18], [30, 7]):
+        split, state = decode(module, x, pieces)
+        assert state.length == TOKENS
+        assert error(split, whole) < TOLERANCE[dtype], pieces
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_counted_cost_is_the_real_one(name: str) -> None:
+    module, counted = build(CASES[name]), config(CASES[name]).cost(TOKENS, torch.float32)
+    x = inputs(batch=1)
+    assert counted.params == sum(p.numel() for p in module.parameters())
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        _, state = decode(module, x, [1] * TOKENS)
+    assert counter.get_total_flops() == pytest.approx(counted.flops_per_token * TOKENS, rel=1e-12)
+    assert state.bytes() == counted.state_bytes
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_parameter_gets_a_finite_gradient(name: str) -> None:
+    module = build(CASES[name])
+    module(inputs())[0].square().sum().backward()
+    for label, parameter in module.named_parameters():
+        assert parameter.grad is not None, label
+        assert parameter.grad.isfinite().all(), label
+
+
+def test_zero_key_value_heads_means_as_many_as_heads() -> None:
+    _, genes = resolve("mha", {"heads": 2})
+    assert configure(Site(WIDTH), genes) == config({"heads": 2, "kv_heads": 2}, position="none")
+
+
+def test_genes_without_effect_leave_the_config_equal() -> None:
+    assert config({"window": 7}) == config()
+    assert config({"position": "none", "rope_theta": 7.0}) == config({"position": "none"})
+    assert config(position="learned") == config({"position": "none"})
+    assert config({"position": "rope"}, position="alibi") == config()
+
+
+@pytest.mark.parametrize(
+    ("genes", "sentence"),
+    [
+        ({"heads": 6, "kv_heads": 4}, "kv_heads=4 does not divide heads=6"),
+        ({"heads": 5}, "heads=5 does not divide the width 48"),
+        ({"heads": 16, "kv_heads": 1}, "head_dim=3 is odd"),
+    ],
+)
+def test_genes_that_do_not_go_together_get_a_sentence(
+    genes: dict[str, Gene], sentence: str
+) -> None:
+    with pytest.raises(GeneError, match=sentence):
+        config(genes)
+
+
+@pytest.mark.parametrize("genes", [{}, {"pattern": "sliding", "window": 64}], ids=["full", "ring"])
+@torch.no_grad()
+def test_a_full_cache_refuses_one_token_more(genes: dict[str, Gene]) -> None:
+    module, x = build(genes), inputs()
+    state = module.init_state(2, TOKENS - 1, torch.float32)
+    before = [t.clone() for t in state.tensors.values()]
+    with pytest.raises(ContextError, match="holds 36 tokens; this call needs 37"):
+        module(x, state)
+    assert all(torch.equal(a, b) for a, b in zip(before, state.tensors.values(), strict=True))
+    _, full = module(x[:, 1:], state)
+    with pytest.raises(ContextError, match="holds 36 tokens; this call needs 37"):
+        module(x[:, :1], full)
+
+
+LENDING: dict[str, tuple[dict[str, Gene], dict[str, Gene]]] = {
+    "full": ({"kv_heads": 2}, {"kv_heads": 2}),
+    "other-heads": (
+        {"kv_heads": 2, "conv": 3, "qk_norm": True},
+        {"heads": 12, "kv_heads": 2, "head_dim": 8},
+    ),
+    "full-to-sliding": ({}, {"pattern": "sliding", "window": 5}),
+    "sliding": (
+        {"pattern": "sliding", "window": 9, "qk_norm": True},
+        {"pattern": "sliding", "window": 9, "qk_norm": True, "gate": "sigmoid", "bias": True},
+    ),
+    "narrower": ({"pattern": "sliding", "window": 9}, {"pattern": "sliding", "window": 4}),
+    "alibi": (
+        {"pattern": "sliding", "window": 9, "position": "alibi"},
+        {"pattern": "sliding", "window": 3, "position": "alibi"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LENDING)
+@torch.no_grad()
+def test_a_borrower_equals_an_own_layer_with_the_same_keys_and_values(name: str) -> None:
+    """The own layer gets its keys and values from the lender's input, its queries from x."""
+    lending, borrowing = LENDING[name]
+    assert lending_problem(config(lending), config(borrowing, borrows=True)) is None
+    lender, b, x, source = build(lending), borrower(borrowing), inputs(), inputs().flip(1)
+    _, none, kv = lender.forward_lending(source)
+    assert none is None
+    whole = b.forward_borrowing(x, kv)
+    assert error(whole, _own_layer(lender, b, source, x)) < 1e-5
+    for pieces in ([1] * TOKENS, [TOKENS], [8, 1, 20, 1, 7], [30, 7]):
+        state: State | None = lender.init_state(2, TOKENS, torch.float32)
+        out = []
+        for part, given in zip(x.split(pieces, 1), source.split(pieces, 1), strict=True):
+            _, state, kv = lender.forward_lending(given, state)
+            out.append(b.forward_borrowing(part, kv))
+        assert error(torch.cat(out, 1), whole) < 1e-5, pieces
+
+
+def _own_layer(lender: Attention, b: BorrowingAttention, source: Tensor, x: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(K) + bias) v, head by head and token by token, from the formula."""
+    config = b.config
+    kv: KeyValues = lender.forward_lending(source)[2]
+    mixed = b.entry(x)
+    q = mixed[..., : config.query_width].unflatten(-1, (config.heads, config.head_dim))
+    if b.q_norm is not None:
+        q = b.q_norm(q)
+    if b.rotary is not None:
+        q = b.rotary(q, 0)
+    out = torch.zeros_like(q)
+    for h in range(config.heads):
+        g = h * config.kv_heads // config.heads
+        for t in range(TOKENS):
+            first = 0 if config.window is None else max(0, t - config.window + 1)
+            k, v = kv.keys[:, g, first : t + 1], kv.values[:, g, first : t + 1]
+            scores = (k @ q[:, t, h, :, None]).squeeze(-1) / config.head_dim**0.5
+            if b.slopes is not None:
+                scores = scores - b.slopes[h] * (t - torch.arange(first, t + 1))
+            out[:, t, h] = (scores.softmax(-1).unsqueeze(1) @ v).squeeze(1)
+    y = out.flatten(2)
+    if config.gate == "sigmoid":
+        y = y * mixed[..., config.query_width :].sigmoid()
+    return b.exit(y)
+
+
+@pytest.mark.parametrize("name", LENDING)
+def test_a_borrowers_cost_has_no_keys_and_values(name: str) -> None:
+    lending, borrowing = LENDING[name]
+    b, lender = borrower(borrowing), build(lending)
+    counted = b.config.cost(TOKENS, torch.float32)
+    assert counted.params == sum(p.numel() for p in b.parameters())
+    assert counted.state_bytes == 0
+    x, total = inputs(batch=1), 0
+    state: State | None = lender.init_state(1, TOKENS, torch.float32)
+    with torch.no_grad():
+        for t in range(TOKENS):
+            _, state, kv = lender.forward_lending(x[:, t : t + 1], state)
+            with FlopCounterMode(display=False) as counter:
+                b.forward_borrowing(x[:, t : t + 1], kv)
+            total += counter.get_total_flops()
+    assert total == pytest.approx(counted.flops_per_token * TOKENS, rel=1e-12)
+
+
+def test_gradients_pass_to_the_lender() -> None:
+    lender, b, x = build(), borrower(), inputs()
+    b.forward_borrowing(x, lender.forward_lending(x)[2]).square().sum().backward()
+    for parameter in (lender.entry.weight, b.entry.weight, b.exit.weight):
+        assert parameter.grad is not None
+        assert parameter.grad.abs().max() > 0
+    assert lender.exit.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("lending", "borrowing", "word"),
+    [
+        ({"kv_heads": 2}, {"kv_heads": 3}, "kv_heads=2 and the borrower kv_heads=3"),
+        ({}, {"head_dim": 4}, "head_dim"),
+        ({}, {"position": "none"}, "position"),
+        ({}, {"rope_theta": 7.0}, "rope_theta"),
+        ({"pattern": "sliding", "window": 8}, {}, "sees every token and the lender keeps 8"),
+        (
+            {"pattern": "sliding", "window": 8},
+            {"pattern": "sliding", "window": 9},
+            "sees 9 tokens and the lender keeps 8",
+        ),
+    ],
+)
+def test_what_does_not_fit_its_lender_gets_a_sentence(
+    lending: dict[str, Gene], borrowing: dict[str, Gene], word: str
+) -> None:
+    problem = lending_problem(config(lending), config(borrowing, borrows=True))
+    assert problem is not None
+    assert word in problem
+
+
+def test_only_attention_lends() -> None:
+    primitive, genes = resolve("swiglu", {})
+    mlp = primitive.configure(Site(WIDTH), genes)
+    assert lending_problem(mlp, config()) == "only attention lends keys and values"
+    assert lending_problem(config(), mlp) == "only attention borrows keys and values"
