@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from .synthetic import Examples, FiniteTask, SyntheticSettings
 from .task import IGNORE
@@ -18,16 +18,18 @@ class CopyingSettings(SyntheticSettings):
     """Settings of selective copying; the defaults are MAD's."""
 
     length: int = Field(256, ge=4, description="tokens of a sequence")
-    num_tokens_to_copy: int = Field(16, ge=1, description="tokens to repeat")
+    num_tokens_to_copy: int = Field(16, ge=1, description="tokens to repeat", validate_default=True)
 
-    @model_validator(mode="after")
-    def _room(self) -> CopyingSettings:
-        least = 2 * self.num_tokens_to_copy + 2
-        if self.length < least:
+    @field_validator("num_tokens_to_copy")
+    @classmethod
+    def _room(cls, count: int, info: ValidationInfo) -> int:
+        length = info.data.get("length")
+        if length is not None and 2 * count + 2 > length:
+            most = (length - 2) // 2
             raise ValueError(
-                f"length is at least 2 * num_tokens_to_copy + 2 = {least}, not {self.length}"
+                f"num_tokens_to_copy is at most {most} at length {length}, not {count}"
             )
-        return self
+        return count
 
 
 def make_copying(settings: CopyingSettings, seed: int) -> FiniteTask:

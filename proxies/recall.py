@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 
 from .synthetic import Examples, FiniteTask, SyntheticSettings
 from .task import IGNORE
@@ -21,13 +21,12 @@ class RecallSettings(SyntheticSettings):
         True, description="every repeated key asks; otherwise only the last one, after a prefix"
     )
 
-    @model_validator(mode="after")
-    def _even(self) -> RecallSettings:
-        if self.length % 2:
-            raise ValueError(
-                f"length is an even number (pairs of key and value), not {self.length}"
-            )
-        return self
+    @field_validator("length")
+    @classmethod
+    def _even(cls, length: int) -> int:
+        if length % 2:
+            raise ValueError(f"length is even (pairs of key and value), not {length}")
+        return length
 
 
 def make_recall(settings: RecallSettings, seed: int) -> FiniteTask:
