@@ -10,7 +10,7 @@ from ..primitives.base import Axis, Gene, GeneError, Site
 from ..primitives.catalogue import CATALOGUE, find
 from .genome import Genome, Op, Slot
 from .header import HEADER, JOIN, MAX_SLOTS, header_of, with_header
-from .resolve import fits, genes_of, primitive_of
+from .resolve import fits, genes_of, own_genes, primitive_of
 from .rules import space_violations, violations
 from .sharing import prune
 from .space import CANDIDATES, Ranges, SlotSpace, Space, first_buildable, make_op
@@ -114,7 +114,7 @@ def _in_space(genome: Genome, space: Space) -> list[Slot]:
     while len(slots) < least:
         slots.append(filler[len(slots) % len(filler)])
     depth = len(slots)
-    allowed = [space.slot(i, depth) for i in range(depth)]
+    allowed = space.slots_at(depth)
     result = []
     for i, slot in enumerate(slots):
         site = Site(genome.width, genome.position, i, depth)
@@ -155,7 +155,7 @@ def _slot_in_space(
 
 def _into(op: Op, ranges: Ranges, space: Space) -> Op:
     """The operator with every gene in its range, and labels where the space shares."""
-    own = genes_of(Op(op.name))
+    own = own_genes(op.name)
     genes = {
         axis: _closest(value, ranges[axis]) if axis in ranges else own[axis]
         for axis, value in genes_of(_clean(op)).items()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Literal
 
 from ..primitives.base import Config, Gene, GeneError, Primitive, Site
@@ -58,6 +58,12 @@ def genes_of(op: Op) -> Mapping[str, Gene]:
     if isinstance(found, GeneError):
         raise GeneError(str(found))
     return found
+
+
+@cache
+def own_genes(name: str) -> Mapping[str, Gene]:
+    """Every axis' value where a genome gives only the name. Raises GeneError. Do not change it."""
+    return resolve(name, {})[1]
 
 
 def config_of(op: Op, site: Site) -> Config:

@@ -171,8 +171,7 @@ def space_violations(genome: Genome, space: Space) -> list[Violation]:
     if not least <= depth <= most:
         sentence = f"{depth} slots; the space has from {least} to {most}"
         return [*found, Violation("space depth", "genome", sentence)]
-    for i, slot in enumerate(genome.slots):
-        allowed = space.slot(i, depth)
+    for i, (slot, allowed) in enumerate(zip(genome.slots, space.slots_at(depth), strict=True)):
         count = len(slot.branches)
         names = allowed.names if count == 1 else allowed.mixers
         for j, op in enumerate(slot.branches):

@@ -68,7 +68,7 @@ def sample(space: Space, choose: Choose) -> Genome:
     tied = choose("tied", space.tied)
     vocab = choose("vocab", space.vocab)
     depth = choose("depth", range(space.depth[0], space.depth[1] + 1))
-    slots = tuple(sample_slot(space, space.slot(i, depth), choose) for i in range(depth))
+    slots = tuple(sample_slot(space, slot, choose) for slot in space.slots_at(depth))
     genome = Genome(width, slots, position, norm, placement, tied, vocab)
     if space.sharing.weights or space.sharing.features:
         genome = _share(genome, space, choose)
@@ -127,8 +127,7 @@ def _share(genome: Genome, space: Space, choose: Choose) -> Genome:
     """Let operators share with the nearest earlier one that they can share with."""
     rows = rows_of(genome)
     site = Site(genome.width, genome.position, 0, len(rows))
-    for i, row in enumerate(rows):
-        slot = space.slot(i, len(rows))
+    for i, (row, slot) in enumerate(zip(rows, space.slots_at(len(rows)), strict=True)):
         for j in range(len(row)):
             label = slot.label if j == 0 else f"{slot.label}.{j}"
             if space.sharing.weights and choose(f"{label}.weights", _MAYBE):

@@ -28,7 +28,7 @@ from .constraints import Constraints
 from .genome import Op
 from .header import HEADER, JOIN, MAX_SLOTS, nearest
 from .quantity import Share
-from .resolve import config_of, fits, genes_of
+from .resolve import config_of, fits, genes_of, own_genes
 
 ANY = "any"
 """In place of an axis' list: every value that the axis searches by itself."""
@@ -218,7 +218,7 @@ class SlotSpace:
             return False
         if not op.genes and not ranges:
             return True
-        genes, own = genes_of(op), genes_of(Op(op.name))
+        genes, own = genes_of(op), own_genes(op.name)
         return all(
             value in ranges[axis] if axis in ranges else value == own[axis]
             for axis, value in genes.items()
@@ -244,7 +244,7 @@ class Space(_Part):
     sharing: Sharing = Sharing()
     constraints: Constraints = Constraints()
 
-    _slots: dict[tuple[int, int], SlotSpace] = PrivateAttr(default_factory=dict)
+    _slots: dict[int, tuple[SlotSpace, ...]] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -252,7 +252,7 @@ class Space(_Part):
         sites = [Site(w, p) for w, p in itertools.product(self.width, self.position)]
         seen: set[tuple[str, ...]] = set()
         for depth in range(self.depth[0], self.depth[1] + 1):
-            slots = [self.slot(i, depth) for i in range(depth)]
+            slots = self.slots_at(depth)
             for i, slot in enumerate(slots):
                 if slot.names in seen:
                     continue
@@ -306,12 +306,12 @@ class Space(_Part):
                 f"{_problem(name, ranges, sites[0])}",
             )
 
-    def slot(self, index: int, depth: int) -> SlotSpace:
-        """What slot `index` of a genome of that depth may hold."""
-        key = (index, depth)
-        if key not in self._slots:
-            self._slots[key] = self._slot(index, depth)
-        return self._slots[key]
+    def slots_at(self, depth: int) -> tuple[SlotSpace, ...]:
+        """What every slot of a genome of that depth may hold."""
+        found = self._slots.get(depth)
+        if found is None:
+            found = self._slots[depth] = tuple(self._slot(i, depth) for i in range(depth))
+        return found
 
     def _slot(self, index: int, depth: int) -> SlotSpace:
         label, operators = f"slot{index}", self._by_pattern(index)
@@ -342,7 +342,7 @@ class Space(_Part):
             map(len, (self.width, self.position, self.norm, self.placement, self.tied, self.vocab))
         )
         return header * sum(
-            math.prod(self._slot_size(self.slot(i, depth)) for i in range(depth))
+            math.prod(map(self._slot_size, self.slots_at(depth)))
             for depth in range(self.depth[0], self.depth[1] + 1)
         )
 
@@ -372,7 +372,7 @@ def every_op(name: str, ranges: Ranges) -> Iterator[Op]:
 
 def make_op(name: str, genes: Mapping[str, Gene]) -> Op:
     """The operator with those genes that differ from the name's own values."""
-    own = genes_of(Op(name))
+    own = own_genes(name)
     return Op(name, tuple((axis, value) for axis, value in genes.items() if value != own[axis]))
 
 
