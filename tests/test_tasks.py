@@ -8,11 +8,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
 from mendel.proxies.synthetic import FiniteTask
 from mendel.proxies.task import IGNORE, ProxyError, generator
 from mendel.proxies.tasks import TASKS, ProxyConfig, find_task, make_task
-from pydantic import ValidationError
-from torch import Tensor, nn
 
 
 def task(name: str, seed: int = 0, **settings: object) -> FiniteTask:
@@ -300,7 +301,7 @@ class TestTable:
             (
                 {"task": "selective-copying", "length": 33},
                 ("num_tokens_to_copy",),
-                "at most 15 at length 33, not 16",
+                "at length 33 it is at most 15, not 16",
             ),
         ],
     )

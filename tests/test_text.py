@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -15,12 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch import Tensor, nn
+
 from mendel.proxies import corpus
 from mendel.proxies.corpus import SEPARATOR, Corpus, read_corpus
 from mendel.proxies.task import ProxyError
 from mendel.proxies.tasks import ProxyConfig, make_task
 from mendel.proxies.text import TextTask, split_corpus
-from torch import Tensor, nn
 
 DOCUMENTS = ["the first document\n", "the second, über öl", "a third one"]
 BYTES = tuple(d.encode() for d in DOCUMENTS)
@@ -249,7 +251,7 @@ class TestTask:
         tail = bytes(made.test_text)
         places = [tail.index(bytes(row.astype(np.uint8))) for row in made.test_windows]
         assert text.endswith(tail)
-        assert all(b - a >= 33 for a, b in zip(places, places[1:], strict=False))
+        assert all(b - a >= 33 for a, b in itertools.pairwise(places))
         assert places[-1] > 0.9 * len(tail)
         batch = made.train_batch(3, 16)
         assert batch.inputs.shape == (16, 32)

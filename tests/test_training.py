@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -12,6 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
+from torch import nn
+
 from mendel.genome.genome import Genome, Op, Slot
 from mendel.proxies import checkpoint
 from mendel.proxies.recipe import TrainConfig, learning_rate, make_optimizer, resolve_dtype
@@ -19,8 +23,6 @@ from mendel.proxies.synthetic import Examples, FiniteTask, SyntheticSettings
 from mendel.proxies.task import ProxyError
 from mendel.proxies.tasks import ProxyConfig, make_task
 from mendel.proxies.train import DIVERGED_STEPS, Diverged, TimeLimit, Training
-from pydantic import ValidationError
-from torch import nn
 
 
 def genome(*names: str, width: int = 16, **choices: Any) -> Genome:
@@ -28,6 +30,7 @@ def genome(*names: str, width: int = 16, **choices: Any) -> Genome:
 
 
 SMALL = genome("mha", "swiglu")
+UNTIED = genome("mha", position="learned", tied=False)
 SHARED = Genome(
     16,
     (
@@ -91,7 +94,7 @@ class TestRecipe:
         assert rates[6] == pytest.approx(0.55)
         assert rates[4] == pytest.approx(0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2)
         assert rates[10] == pytest.approx(0.1)
-        assert all(a >= b for a, b in zip(rates[2:], rates[3:], strict=False))
+        assert all(a >= b for a, b in itertools.pairwise(rates[2:]))
 
     @pytest.mark.parametrize("steps", [1, 2, 3])
     @pytest.mark.parametrize("warmup", [0.0, 0.5, 0.9])
