@@ -1,0 +1,177 @@
+"""Commands that look at a run: front, report, export."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .commands_look import WHAT, AsJson, examples
+from .export import FORMATS, export
+from .front import Outcome, label_text, outcome_dict, outcome_of, shown_value
+from .records import TrialRecord
+from .report import FILE, broken, write_report
+from .run import RunView
+from .source import find_genome, find_run
+from .terminal import Mistake, print_json, print_table, say
+
+app = typer.Typer()
+
+RUN = "A run's folder, or its name under ./runs."
+
+
+@app.command(
+    epilog=examples(
+        "mendel front quickstart",
+        "mendel front runs/quickstart --objectives score:recall,params --json",
+    )
+)
+def front(
+    run: Annotated[str, typer.Argument(help=RUN)],
+    objectives: Annotated[
+        str | None,
+        typer.Option(help="Some of the study's objectives, with commas; the front is of these."),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="List dominated, stopped and infeasible trials too.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print the Pareto front of a run, with the baselines, and what failed and why."""
+    view = find_run(run)
+    labels = None if objectives is None else [part.strip() for part in objectives.split(",")]
+    found = outcome_of(view, labels)
+    if as_json:
+        print_json(
+            {"run": str(view.folder), "study": view.study.name, "state": view.state}
+            | outcome_dict(found)
+        )
+        return
+    print_outcome(view, found, everything)
+
+
+def print_outcome(run: RunView, found: Outcome, everything: bool = False) -> None:
+    """The tables that end a search and that `front` prints."""
+    front_numbers = {t.number for t in found.front}
+    if found.front:
+        _table(found, found.front, f"The front of {run.study.name}")
+    else:
+        say(f"{run.study.name}: no trial was trained to the end yet.")
+    behind = [t for t in found.baselines if t.number not in front_numbers]
+    if behind:
+        _table(found, behind, "Baselines off the front")
+    if everything:
+        others = [t for t in found.dominated if t.baseline is None]
+        for trials, title in ((others, "Dominated"), (found.stopped, "Stopped early")):
+            own = [t for t in trials if t.baseline is None]
+            if own:
+                _table(found, own, title)
+        if found.infeasible:
+            print_table(
+                ["trial", "constraint exceeded by", "genome"],
+                [[_name(t), broken(t), t.notation] for t in found.infeasible],
+                fold=["constraint exceeded by", "genome"],
+                title="Infeasible",
+            )
+    if found.failed:
+        print_table(
+            ["trial", "kind", "reason"],
+            [
+                [
+                    _name(t),
+                    t.failure.kind if t.failure else "",
+                    t.failure.reason if t.failure else "",
+                ]
+                for t in found.failed
+            ],
+            fold=["reason"],
+            title="Failed",
+        )
+    say(counts(found))
+    for remark in run.remarks:
+        say(remark)
+
+
+def counts(found: Outcome) -> str:
+    """How many trials ended how, and the hypervolume, in one line."""
+    parts = [
+        f"{len(found.complete)} complete",
+        f"{len(found.stopped)} stopped early",
+        f"{len(found.infeasible)} infeasible",
+        f"{len(found.failed)} failed",
+    ]
+    if found.running:
+        parts.append(f"{len(found.running)} running")
+    return f"{', '.join(parts)}; hypervolume {found.hypervolume:.4f}"
+
+
+def _name(trial: TrialRecord) -> str:
+    return f"{trial.number} {trial.baseline}" if trial.baseline else str(trial.number)
+
+
+def _table(found: Outcome, trials: Sequence[TrialRecord], title: str) -> None:
+    labels = [label_text(g) for g in found.goals]
+    rows, styles = [], []
+    for t in trials:
+        kind = f"baseline {t.baseline}" if t.baseline else "found"
+        if t.number == found.knee:
+            kind += ", knee"
+        if not t.values:
+            kind += f" ({t.state})"
+        rows.append(
+            [str(t.number), kind, *(shown_value(t, g) or "-" for g in found.goals), t.notation]
+        )
+        styles.append("yellow" if t.baseline else "bold" if t.number == found.knee else None)
+    print_table(
+        ["trial", "design", *labels, "genome"],
+        rows,
+        right=["trial", *labels],
+        fold=["design", "genome"],
+        styles=styles,
+        title=title,
+    )
+
+
+@app.command(
+    epilog=examples("mendel report quickstart", "mendel report quickstart --out shared.html")
+)
+def report(
+    run: Annotated[str, typer.Argument(help=RUN)],
+    out: Annotated[
+        Path | None, typer.Option(help=f"The file to write; {FILE} in the run if absent.")
+    ] = None,
+) -> None:
+    """Write a run's report: one HTML page that needs nothing else."""
+    view = find_run(run)
+    if out is not None and not out.absolute().parent.is_dir():
+        raise Mistake(f"--out: {out.parent} is no folder")
+    if out is not None and out.is_dir():
+        out = out / FILE
+    say(f"Wrote {write_report(view, out)}")
+
+
+@app.command(
+    name="export",
+    epilog=examples(
+        "mendel export quickstart:12 --out winner",
+        "mendel export '[mamba2 > swiglu]*4' --out plain --force",
+    ),
+)
+def export_command(
+    what: Annotated[str, typer.Argument(help=WHAT)],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    to: Annotated[str, typer.Option("--format", help=f"One of: {', '.join(FORMATS)}.")] = "files",
+    force: Annotated[bool, typer.Option("--force", help="Replace an exported design.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a design as a folder: genome, costs, scores, provenance and a card."""
+    if to not in FORMATS:
+        raise Mistake(f"--format is one of {', '.join(FORMATS)}, not {to!r}")
+    folder = export(find_genome(what), out, force=force)
+    files = sorted(p.name for p in folder.iterdir())
+    if as_json:
+        print_json({"folder": str(folder), "files": files})
+    else:
+        say(f"Wrote {folder}: {', '.join(files)}; all read back and compared.")

@@ -1,0 +1,326 @@
+"""The drawing of a genome in a terminal: slots in order, repeats folded, sharing as rails."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass, field
+
+from rich.text import Text
+
+from ..primitives.base import Cost
+from .outline import Block, Box, Link, Outline, Row
+from .terminal import ascii_text
+from .units import bytes_text, count_text
+
+LEAST_WIDTH, MOST_WIDTH = 60, 110
+GUTTER = 10
+"""Columns for slot numbers and the bracket of a repeat."""
+RAIL = 2
+"""Columns for one sharing group."""
+MOST_RAILS = 5
+LEAST_BOX = 13
+"""Columns of the narrowest box of a branch."""
+
+_STYLE = {"mixer": "cyan", "channel": "yellow", "edge": "dim", "link": "magenta"}
+_LINES = "╭╮╰╯┌┐└┘├┤┬┴┼│─┆◂"
+_TO_ASCII = str.maketrans(_LINES, "+" * 13 + "|-:<")
+
+
+@dataclass
+class Canvas:
+    """A grid of characters with styles that grows downwards."""
+
+    width: int
+    rows: list[list[tuple[str, str]]] = field(default_factory=list)
+
+    def line(self) -> int:
+        """Add an empty line; its index."""
+        self.rows.append([(" ", "")] * self.width)
+        return len(self.rows) - 1
+
+    def put(self, y: int, x: int, text: str, style: str = "") -> None:
+        for i, char in enumerate(text):
+            if 0 <= x + i < self.width:
+                self.rows[y][x + i] = (char, style)
+
+    def char(self, y: int, x: int) -> str:
+        return self.rows[y][x][0]
+
+    def texts(self) -> list[Text]:
+        lines = []
+        for row in self.rows:
+            text = Text(no_wrap=True)
+            for char, style in row:
+                text.append(char, style or None)
+            text.rstrip()
+            lines.append(text)
+        return lines
+
+
+@dataclass(frozen=True)
+class _Layout:
+    width: int
+    left: int
+    """First column of the boxes."""
+    boxes: int
+    """Columns of the boxes."""
+    columns: tuple[str, ...]
+    """The costs that fit."""
+
+    @property
+    def centre(self) -> int:
+        return self.left + self.boxes // 2
+
+    @property
+    def right(self) -> int:
+        """The column of the right edge of a slot."""
+        return self.left + self.boxes - 1
+
+
+_COLUMNS = {"params": 9, "cache": 10, "FLOPs/token": 13}
+
+
+def drawing(content: Outline, width: int = 80, unicode: bool = True) -> list[Text]:
+    """The lines of the drawing, none longer than `width` (60 to 110 columns are used).
+
+    `unicode=False` draws with ASCII alone.
+    """
+    width = max(LEAST_WIDTH, min(width, MOST_WIDTH))
+    rails = [link for link in content.links if len(link.places) > 1][:MOST_RAILS]
+    layout = _layout(width, len(rails))
+    canvas = Canvas(width)
+    _column_heads(canvas, layout)
+    genome = content.genome
+    _end_box(canvas, layout, f"embedding {genome.vocab} × {genome.width}", True)
+    _costs(canvas, layout, len(canvas.rows) - 2, content.cost.embedding)
+    middles: dict[tuple[int, int], int] = {}
+    edges: dict[int, int] = {}
+    for block in content.blocks:
+        _block(canvas, layout, block, middles, edges)
+    norm = "" if genome.placement == "post" else f"{genome.norm} · "
+    _end_box(canvas, layout, f"{norm}logits{' (tied)' if genome.tied else ''}", False)
+    _costs(canvas, layout, len(canvas.rows) - 2, content.cost.head)
+    _rails(canvas, layout, rails, middles, edges)
+    _totals(canvas, layout, content)
+    lines = canvas.texts()
+    return lines if unicode else [_in_ascii(line) for line in lines]
+
+
+def _in_ascii(line: Text) -> Text:
+    plain = ascii_text(line.plain.translate(_TO_ASCII))
+    return Text(plain, spans=line.spans, no_wrap=True)
+
+
+def _layout(width: int, rails: int) -> _Layout:
+    columns = list(_COLUMNS)
+    while True:
+        boxes = width - GUTTER - sum(_COLUMNS[c] for c in columns) - RAIL * rails - (rails > 0)
+        if boxes >= 26 or len(columns) == 1:
+            return _Layout(width, GUTTER, min(boxes, 48), tuple(columns))
+        columns.pop()
+
+
+def _column_heads(canvas: Canvas, layout: _Layout) -> None:
+    y = canvas.line()
+    x = layout.width
+    for name in reversed(layout.columns):
+        canvas.put(y, x - len(name), name, "bold")
+        x -= _COLUMNS[name]
+    canvas.put(y, 0, "slot", "bold")
+
+
+def _costs(canvas: Canvas, layout: _Layout, y: int, cost: Cost, style: str = "") -> None:
+    texts = {
+        "params": count_text(cost.params),
+        "cache": bytes_text(cost.state_bytes),
+        "FLOPs/token": count_text(cost.flops_per_token),
+    }
+    x = layout.width
+    for name in reversed(layout.columns):
+        text = texts[name]
+        nothing = text in ("0", "0 B")
+        text = "·" if nothing else text
+        canvas.put(y, x - len(text), text, "dim" if nothing else style)
+        x -= _COLUMNS[name]
+
+
+def _end_box(canvas: Canvas, layout: _Layout, label: str, first: bool) -> None:
+    inner = layout.boxes - 2
+    text = label if len(label) <= inner else label[: inner - 1] + "…"
+    top, middle, bottom = canvas.line(), canvas.line(), canvas.line()
+    canvas.put(top, layout.left, "┌" + "─" * inner + "┐", "dim")
+    canvas.put(middle, layout.left, "│" + text.center(inner) + "│", "dim")
+    canvas.put(bottom, layout.left, "└" + "─" * inner + "┘", "dim")
+    if first:
+        canvas.put(bottom, layout.centre, "┬", "dim")
+    else:
+        canvas.put(top, layout.centre, "┴", "dim")
+
+
+def _block(
+    canvas: Canvas,
+    layout: _Layout,
+    block: Block,
+    middles: dict[tuple[int, int], int],
+    edges: dict[int, int],
+) -> None:
+    top = len(canvas.rows)
+    for row in block.rows:
+        _slot(canvas, layout, row, middles, edges)
+    if block.count == 1:
+        return
+    bottom = len(canvas.rows) - 1
+    x = GUTTER - 2
+    for y in range(top, bottom + 1):
+        canvas.put(y, x, "┌" if y == top else "└" if y == bottom else "│", "bold")
+    label = f"×{block.count}"
+    # Beside a slot's number there is room for it only between the slots.
+    y = (top + bottom) // 2
+    while canvas.char(y, 2).strip() and y < bottom:
+        y += 1
+    canvas.put(y, x - len(label), label, "bold")
+
+
+def _slot(
+    canvas: Canvas,
+    layout: _Layout,
+    row: Row,
+    middles: dict[tuple[int, int], int],
+    edges: dict[int, int],
+) -> None:
+    count = len(row.boxes)
+    each = (layout.boxes - 2 * (count - 1)) // count
+    if each >= LEAST_BOX:
+        lefts = [layout.left + i * (each + 2) for i in range(count)]
+        widths = [each] * (count - 1) + [layout.right - lefts[-1] + 1]
+        contents = [_lines(box, w - 4) for box, w in zip(row.boxes, widths, strict=True)]
+    else:
+        # More branches than fit side by side stand as lines of one box.
+        lefts, widths = [layout.left], [layout.boxes]
+        contents = [_stacked(row, layout.boxes - 4)]
+    height = max(len(lines) for lines in contents)
+    centres = [x + w // 2 for x, w in zip(lefts, widths, strict=True)]
+    if len(centres) % 2:
+        centres[len(centres) // 2] = layout.centre
+    if len(centres) > 1:
+        y = canvas.line()
+        _branch_line(canvas, y, centres, layout.centre, "╭╮┬", "┴")
+    top = canvas.line()
+    body = [canvas.line() for _ in range(height)]
+    bottom = canvas.line()
+    for j, (x, w, centre) in enumerate(zip(lefts, widths, centres, strict=True)):
+        canvas.put(top, x, "╭" + "─" * (w - 2) + "╮")
+        canvas.put(top, centre, "┴")
+        canvas.put(bottom, x, "╰" + "─" * (w - 2) + "╯")
+        canvas.put(bottom, centre, "┬")
+        lines = contents[j]
+        skip = (height - len(lines)) // 2
+        for i, y in enumerate(body):
+            canvas.put(y, x, "│")
+            canvas.put(y, x + w - 1, "│")
+            if 0 <= i - skip < len(lines):
+                text, style = lines[i - skip]
+                canvas.put(y, x + 1, text.center(w - 2), style)
+    for j in range(count):
+        middles[row.index, j] = body[0]
+    if len(centres) > 1:
+        y = canvas.line()
+        _branch_line(canvas, y, centres, layout.centre, "╰╯┴", "┬")
+        label = f" {row.join} "
+        canvas.put(y, layout.centre - len(label) // 2, label, "dim")
+    middle = body[(height - 1) // 2]
+    number = str(row.index)
+    canvas.put(middle, 3 - len(number), number, "dim")
+    _costs(canvas, layout, middle, row.cost)
+    edges[row.index] = layout.right
+
+
+def _branch_line(
+    canvas: Canvas, y: int, centres: list[int], centre: int, ends: str, stem: str
+) -> None:
+    first, last = centres[0], centres[-1]
+    canvas.put(y, first, "─" * (last - first))
+    for x in centres[1:-1]:
+        canvas.put(y, x, ends[2])
+    canvas.put(y, first, ends[0])
+    canvas.put(y, last, ends[1])
+    canvas.put(y, centre, "┼" if canvas.char(y, centre) == ends[2] else stem)
+
+
+def _tags(box: Box) -> list[str]:
+    tags = []
+    if box.weights is not None:
+        tags.append(f"weights {box.weights}")
+    if box.features is not None:
+        tags.append(f"{'takes' if box.borrows else 'lends'} kv {box.features}")
+    return tags
+
+
+def _lines(box: Box, width: int) -> list[tuple[str, str]]:
+    """The box's text: all in one line where it fits, else the name above the rest."""
+    bold, style = f"bold {_STYLE[box.kind]}", _STYLE[box.kind]
+    parts = [part for part in (box.genes, *_tags(box)) if part]
+    whole = " · ".join([box.name, *parts])
+    if len(whole) <= width and not (parts and box.genes):
+        return [(whole, bold)]
+    rest = " · ".join(parts)
+    if len(rest) > width:
+        lines = [line for part in parts for line in textwrap.wrap(part, width)]
+    else:
+        lines = [rest]
+    return [(line, bold) for line in textwrap.wrap(box.name, width)] + [(t, style) for t in lines]
+
+
+def _stacked(row: Row, width: int) -> list[tuple[str, str]]:
+    lines = [(f"{len(row.boxes)} branches, {row.join}", "dim")]
+    for box in row.boxes:
+        text = box.name + (f"({box.genes})" if box.genes else "")
+        text = " · ".join([text, *_tags(box)])
+        lines += [(line, _STYLE[box.kind]) for line in textwrap.wrap(text, width)]
+    return lines
+
+
+def _rails(
+    canvas: Canvas,
+    layout: _Layout,
+    links: list[Link],
+    middles: dict[tuple[int, int], int],
+    edges: dict[int, int],
+) -> None:
+    """Vertical lines right of the boxes, one per sharing group, the shortest innermost."""
+    style = _STYLE["link"]
+    spans = []
+    for link in links:
+        ys = [middles[p] for p in link.places if p in middles]
+        if len(set(ys)) > 1:
+            spans.append((max(ys) - min(ys), link, ys))
+    spans.sort(key=lambda span: span[0])
+    for k, (_, link, ys) in enumerate(spans):
+        x = layout.right + RAIL * (k + 1)
+        low, high = min(ys), max(ys)
+        upright = "┆" if link.kind == "weights" else "│"
+        for y in range(low, high + 1):
+            canvas.put(y, x, upright, style)
+        for y in sorted(set(ys)):
+            for at in range(layout.right + 1, x):
+                crossing = canvas.char(y, at) in "│┆"
+                canvas.put(y, at, "┼" if crossing else "─", style)
+            canvas.put(y, x, "╮" if y == low else "╯" if y == high else "┤", style)
+            takes = link.kind == "features" and y != low
+            canvas.put(y, layout.right, "◂" if takes else "├", style)
+
+
+def _totals(canvas: Canvas, layout: _Layout, content: Outline) -> None:
+    total = content.cost.total
+    length = sum(_COLUMNS[c] for c in layout.columns) - 2
+    y = canvas.line()
+    canvas.put(y, layout.width - length, "─" * length, "dim")
+    y = canvas.line()
+    canvas.put(y, layout.left, "whole model", "bold")
+    _costs(canvas, layout, y, total, "bold")
+    if total.active_params != total.params:
+        y = canvas.line()
+        canvas.put(y, layout.left, "active for one token")
+        text = count_text(total.active_params)
+        x = layout.width - sum(_COLUMNS[c] for c in layout.columns[1:]) - len(text)
+        canvas.put(y, x, text)

@@ -1,0 +1,208 @@
+"""The drawing of a genome as an SVG: the same content as the terminal drawing (`outline.py`).
+
+Colours are CSS variables with fallbacks, so one picture reads on a light and on a dark page: a
+page sets `--ink`, `--faint`, `--paper`, `--mixer`, `--channel` and `--link`.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass, field
+from html import escape
+
+from .outline import Block, Box, Link, Outline, Row
+from .units import bytes_text, count_text
+
+WIDTH = 560
+_BOXES = 300
+"""Width of the boxes' column in user units; the costs stand right of it."""
+_LEFT = 64
+_LINE = 17
+_PAD = 9
+_GAP = 16
+_CHAR = 7.4
+"""Width of a character at the size that the boxes' text has."""
+
+
+@dataclass
+class _Sheet:
+    parts: list[str] = field(default_factory=list)
+    y: float = 0.0
+
+    def box(self, x: float, y: float, w: float, h: float, role: str) -> None:
+        self.parts.append(
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" rx="7" '
+            f'class="box {role}"/>'
+        )
+
+    def text(self, x: float, y: float, text: str, role: str, anchor: str = "middle") -> None:
+        self.parts.append(
+            f'<text x="{x:.1f}" y="{y:.1f}" class="{role}" text-anchor="{anchor}">'
+            f"{escape(text)}</text>"
+        )
+
+    def path(self, points: list[tuple[float, float]], role: str) -> None:
+        text = "M" + " L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+        self.parts.append(f'<path d="{text}" class="{role}"/>')
+
+
+_STYLE = """
+.genome text{font:13px ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;fill:var(--ink,#1f2430)}
+.genome .name{font-weight:600}
+.genome .small{font-size:11.5px;fill:var(--faint,#5b6472)}
+.genome .head{font-size:11.5px;font-weight:600;fill:var(--faint,#5b6472)}
+.genome .box{stroke-width:1.4;fill:var(--paper,#fff)}
+.genome .mixer{stroke:var(--mixer,#0072b2)}
+.genome .channel{stroke:var(--channel,#b36b00)}
+.genome .edge{stroke:var(--faint,#5b6472);stroke-dasharray:3 3}
+.genome .stem{stroke:var(--faint,#5b6472);stroke-width:1.3;fill:none}
+.genome .bracket{stroke:var(--ink,#1f2430);stroke-width:1.3;fill:none}
+.genome .features{stroke:var(--link,#a8467f);stroke-width:1.6;fill:none}
+.genome .weights{stroke:var(--link,#a8467f);stroke-width:1.6;stroke-dasharray:2 4;fill:none}
+.genome .dot{fill:var(--link,#a8467f)}
+"""
+
+
+def picture(content: Outline, title: str) -> str:
+    """The drawing as one `<svg>` element that needs nothing from outside. `title` is spoken."""
+    sheet = _Sheet()
+    genome = content.genome
+    links = [link for link in content.links if len(link.places) > 1]
+    numbers = _LEFT + _BOXES + 14 + 12 * len(links)
+    width = numbers + 210
+    for offset, label in ((58, "params"), (120, "cache"), (210, "FLOPs/token")):
+        sheet.text(numbers + offset, 13, label, "head", "end")
+    sheet.y = 22
+    _end(sheet, f"embedding {genome.vocab} × {genome.width}")
+    _numbers(sheet, numbers, sheet.y - 11, content.cost.embedding.params, 0, 0.0)
+    places: dict[tuple[int, int], tuple[float, float]] = {}
+    for block in content.blocks:
+        _block(sheet, block, numbers, places)
+    _stem(sheet, _LEFT + _BOXES / 2, sheet.y, sheet.y + _GAP)
+    sheet.y += _GAP
+    norm = "" if genome.placement == "post" else f"{genome.norm} · "
+    _end(sheet, f"{norm}logits{' (tied)' if genome.tied else ''}")
+    head = content.cost.head
+    _numbers(sheet, numbers, sheet.y - 11, head.params, 0, head.flops_per_token)
+    for k, link in enumerate(sorted(links, key=_span)):
+        _rail(sheet, link, places, _LEFT + _BOXES + 12 * (k + 1))
+    total = content.cost.total
+    sheet.y += 12
+    sheet.path([(numbers, sheet.y), (numbers + 210, sheet.y)], "stem")
+    sheet.y += 18
+    sheet.text(_LEFT, sheet.y, "whole model", "name", "start")
+    _numbers(sheet, numbers, sheet.y, total.params, total.state_bytes, total.flops_per_token)
+    if total.active_params != total.params:
+        sheet.y += _LINE
+        sheet.text(_LEFT, sheet.y, "active for one token", "small", "start")
+        sheet.text(numbers + 58, sheet.y, count_text(total.active_params), "small", "end")
+    height = sheet.y + 10
+    return (
+        f'<svg class="genome" xmlns="http://www.w3.org/2000/svg" role="img" '
+        f'viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}">'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style>" + "".join(sheet.parts) + "</svg>"
+    )
+
+
+def _span(link: Link) -> int:
+    slots = [slot for slot, _ in link.places]
+    return max(slots) - min(slots)
+
+
+def _stem(sheet: _Sheet, x: float, top: float, bottom: float) -> None:
+    sheet.path([(x, top), (x, bottom)], "stem")
+
+
+def _end(sheet: _Sheet, label: str) -> None:
+    sheet.box(_LEFT, sheet.y, _BOXES, 30, "edge")
+    sheet.text(_LEFT + _BOXES / 2, sheet.y + 19, label, "small")
+    sheet.y += 30
+
+
+def _numbers(
+    sheet: _Sheet, x: float, y: float, params: int, state_bytes: int, flops: float
+) -> None:
+    shown = (
+        (58, count_text(params) if params else "·"),
+        (120, bytes_text(state_bytes) if state_bytes else "·"),
+        (210, count_text(flops) if flops else "·"),
+    )
+    for offset, text in shown:
+        sheet.text(x + offset, y, text, "small", "end")
+
+
+def _block(
+    sheet: _Sheet, block: Block, numbers: float, places: dict[tuple[int, int], tuple[float, float]]
+) -> None:
+    top = sheet.y + _GAP
+    for row in block.rows:
+        _slot(sheet, row, numbers, places)
+    if block.count == 1:
+        return
+    x, bottom = _LEFT - 14, sheet.y
+    sheet.path([(x + 6, top), (x, top), (x, bottom), (x + 6, bottom)], "bracket")
+    sheet.text(x - 5, (top + bottom) / 2 + 4, f"×{block.count}", "name", "end")
+
+
+def _slot(
+    sheet: _Sheet, row: Row, numbers: float, places: dict[tuple[int, int], tuple[float, float]]
+) -> None:
+    count = len(row.boxes)
+    middle = _LEFT + _BOXES / 2
+    width = (_BOXES - 10.0 * (count - 1)) / count
+    texts = [_lines(box, int((width - 14) / _CHAR)) for box in row.boxes]
+    height = max(len(lines) for lines in texts) * _LINE + 2 * _PAD
+    top = sheet.y + _GAP
+    centres = [_LEFT + i * (width + 10) + width / 2 for i in range(count)]
+    if count > 1:
+        split = top - 2
+        top = split + 10
+        _stem(sheet, middle, sheet.y, split)
+        sheet.path([(centres[0], split), (centres[-1], split)], "stem")
+        for x in centres:
+            _stem(sheet, x, split, top)
+    else:
+        _stem(sheet, middle, sheet.y, top)
+    for j, (box, x, lines) in enumerate(zip(row.boxes, centres, texts, strict=True)):
+        sheet.box(x - width / 2, top, width, height, box.kind)
+        y = top + (height - len(lines) * _LINE) / 2 + 12.5
+        for k, line in enumerate(lines):
+            sheet.text(x, y + k * _LINE, line, "name" if k == 0 else "small")
+        # Rails leave the last branch at its own height, the others a little lower.
+        places[row.index, j] = (x + width / 2, top + height / 2 + (0 if j == count - 1 else 8))
+    centre = top + height / 2 + 4
+    sheet.text(6, centre, str(row.index), "small", "start")
+    cost = row.cost
+    _numbers(sheet, numbers, centre, cost.params, cost.state_bytes, cost.flops_per_token)
+    sheet.y = top + height
+    if count > 1:
+        join = sheet.y + 10
+        for x in centres:
+            _stem(sheet, x, sheet.y, join)
+        sheet.path([(centres[0], join), (centres[-1], join)], "stem")
+        sheet.text(middle + 6, join + 13, row.join, "small", "start")
+        sheet.y = join
+
+
+def _lines(box: Box, chars: int) -> list[str]:
+    parts = [box.genes] if box.genes else []
+    if box.weights is not None:
+        parts.append(f"weights {box.weights}")
+    if box.features is not None:
+        parts.append(f"{'takes' if box.borrows else 'lends'} kv {box.features}")
+    rest = " · ".join(parts)
+    if len(rest) > chars:
+        return [box.name, *(line for part in parts for line in textwrap.wrap(part, chars))]
+    return [box.name, rest] if rest else [box.name]
+
+
+def _rail(
+    sheet: _Sheet, link: Link, places: dict[tuple[int, int], tuple[float, float]], x: float
+) -> None:
+    points = [places[place] for place in link.places]
+    role = link.kind
+    ys = [y for _, y in points]
+    sheet.path([(x, min(ys)), (x, max(ys))], role)
+    for left, y in points:
+        sheet.path([(left, y), (x, y)], role)
+        sheet.parts.append(f'<circle cx="{left:.1f}" cy="{y:.1f}" r="3" class="dot"/>')

@@ -1,0 +1,94 @@
+"""What a command's argument means: a genome from a notation, a file, a preset or RUN:TRIAL."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..genome import presets
+from ..genome.files import from_dict, load
+from ..genome.genome import Genome
+from ..genome.header import DEFAULT_WIDTH, nearest
+from ..genome.notation import parse
+from ..genome.rules import InvalidGenome, require_valid
+from ..primitives.catalogue import names
+from .records import TrialRecord
+from .run import RunView, open_run
+from .terminal import Mistake
+
+RUNS = Path("runs")
+"""Where a run is looked for by its bare name."""
+
+_TRIAL = re.compile(r"(?P<run>.+):(?P<trial>\d+)")
+_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A genome and where it came from; `run` and `trial` are set where it is a trial's."""
+
+    text: str
+    name: str
+    genome: Genome
+    run: RunView | None = None
+    trial: TrialRecord | None = None
+
+
+def find_run(text: str) -> RunView:
+    """The run of a folder or of a name under ./runs. Raises Mistake."""
+    for path in (Path(text), RUNS / text):
+        if path.is_dir():
+            return open_run(path)
+    here = sorted(p.name for p in RUNS.glob("*") if p.is_dir()) if RUNS.is_dir() else []
+    known = f"; {RUNS}/ has {', '.join(here)}" if here else f"; there is nothing in {RUNS}/"
+    raise Mistake(f"no run is named {text!r} and it is no folder{known}{nearest(text, here)}")
+
+
+def find_genome(text: str, width: int | None = None, depth: int | None = None) -> Source:
+    """The genome that an argument means. Raises Mistake, or the reader's own one-line error.
+
+    `width` and `depth` are for presets, which scale; a notation takes `width` where it names none.
+    """
+    found = _find(text, width, depth)
+    try:
+        require_valid(found.genome)
+    except InvalidGenome as error:
+        raise Mistake(f"{text}: {error}") from None
+    return found
+
+
+def _find(text: str, width: int | None, depth: int | None) -> Source:
+    if not text.strip():
+        raise Mistake("the genome is empty; give a notation, a file, a preset or RUN:TRIAL")
+    path = Path(text)
+    if path.suffix in _SUFFIXES:
+        _no_scale(text, "a file", width, depth)
+        return Source(text, path.stem, load(path))
+    match = _TRIAL.fullmatch(text)
+    if match is not None:
+        _no_scale(text, "a trial", width, depth)
+        run = find_run(match["run"])
+        trial = run.trial(int(match["trial"]))
+        name = trial.baseline or f"{run.study.name}:{trial.number}"
+        return Source(text, name, from_dict(trial.genome), run, trial)
+    if text in presets.names():
+        return Source(text, text, presets.load(text, width, depth))
+    if _is_word(text) and text not in names():
+        known = ", ".join(presets.names())
+        close = nearest(text, [*presets.names(), *names()])
+        raise Mistake(
+            f"no preset, primitive, file or trial is named {text!r}; presets: {known}{close}"
+        )
+    if depth is not None:
+        raise Mistake("--depth is for presets; a notation has the slots that it names")
+    return Source(text, "genome", parse(text, width=DEFAULT_WIDTH if width is None else width))
+
+
+def _is_word(text: str) -> bool:
+    return re.fullmatch(r"[\w.+-]+", text) is not None
+
+
+def _no_scale(text: str, what: str, width: int | None, depth: int | None) -> None:
+    if width is not None or depth is not None:
+        raise Mistake(f"--width and --depth are for presets; {text} is {what} with its own size")
