@@ -1,0 +1,66 @@
+"""Published designs as genomes of any size: a motif of slots, repeated and cut to a depth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...primitives.base import Gene
+from ..genome import Genome
+from ..header import MAX_SLOTS, nearest, with_header
+from ..notation import parse
+
+_FOLDER = Path(__file__).parent
+_KEYS = ("summary", "source", "motif", "depth", "header")
+
+
+class PresetError(ValueError):
+    """An unknown preset or a size that it cannot have: one line."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published design. `depth` and `header["width"]` are its size where none is asked for."""
+
+    name: str
+    summary: str
+    source: str
+    motif: str
+    """The notation of the slots that repeat."""
+    depth: int
+    header: dict[str, Gene]
+
+
+def names() -> list[str]:
+    """The names of all presets, sorted."""
+    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def describe(name: str) -> Preset:
+    """What a preset is and where it comes from. Raises PresetError for an unknown name."""
+    if name not in names():
+        raise PresetError(
+            f"no preset is named {name!r}; there are {', '.join(names())}{nearest(name, names())}"
+        )
+    text = (_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    data: dict[str, Any] = yaml.safe_load(text)
+    return Preset(name, *(data[key] for key in _KEYS))
+
+
+def load(name: str, width: int | None = None, depth: int | None = None) -> Genome:
+    """The preset at a width and a number of slots; its own where none is given.
+
+    Raises PresetError for an unknown name or an impossible depth, GeneError for a width that no
+    genome has. Whether its operators can be built at the width, `rules.violations` says.
+    """
+    preset = describe(name)
+    slots = parse(preset.motif).slots
+    depth = preset.depth if depth is None else depth
+    if not 1 <= depth <= MAX_SLOTS:
+        raise PresetError(f"depth is a number of slots from 1 to {MAX_SLOTS}, not {depth}")
+    header = dict(preset.header) if width is None else {**preset.header, "width": width}
+    repeats = -(-depth // len(slots))
+    return with_header(header, (slots * repeats)[:depth])
