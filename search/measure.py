@@ -1,0 +1,267 @@
+"""Measured objectives: latency, throughput and peak memory of the stand-alone model.
+
+A fresh model is built from the genome and nothing of the search is around it. Times are taken after
+warm-up, as the median of repeats with the 10th and 90th percentiles, by CUDA events on a GPU and
+the performance counter elsewhere. Weights are random: no time here depends on their values, apart
+from the routing of experts.
+"""
+
+from __future__ import annotations
+
+import platform
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+
+from ..genome.genome import Genome
+from ..genome.model import LanguageModel, build
+from ..kernels.backend import OPS, current
+from ..primitives.base import DTYPES
+from ..proxies.train import TimeLimit
+from .objectives import Goal, LatencySettings, TrainingSettings
+from .records import Measurement
+
+WARM_UP = 3
+LEAST_REPEATS, MOST_REPEATS = 10, 50
+ENOUGH_SECONDS = 2.0
+"""Repeats end at the least number where they have taken so long."""
+SAMPLE_SECONDS = 0.002
+"""How often the resident set is looked at."""
+
+
+def measure(
+    genome: Genome, goals: Sequence[Goal], device: str, seed: int, deadline: float | None
+) -> dict[str, dict[str, Any]]:
+    """Per label of a measured goal its Measurement as JSON.
+
+    `deadline` is a reading of `time.monotonic()`, looked at between repeats; raises TimeLimit."""
+    found: dict[str, dict[str, Any]] = {}
+    for goal in goals:
+        if goal.objective.stage != "measured":
+            continue
+        torch.manual_seed(seed)
+        found[goal.label] = _one(genome, goal, torch.device(device), deadline)
+    return found
+
+
+def _one(
+    genome: Genome, goal: Goal, device: torch.device, deadline: float | None
+) -> dict[str, Any]:
+    settings, name = goal.settings, goal.objective.name
+    if isinstance(settings, LatencySettings):
+        run = _prefill if name == "latency_prefill" else _decode
+        times = run(genome, settings, device, deadline)
+        return _summary(times, "s", settings, device)
+    assert isinstance(settings, TrainingSettings)
+    if name == "peak_memory":
+        samples, how = _peak_memory(genome, settings, device, deadline)
+        return _summary(samples, "bytes", settings, device, how)
+    step = _training_step(genome, settings, device)
+    tokens = settings.batch * settings.length
+    rates = [tokens / t for t in _repeat(step, device, deadline)]
+    return _summary(rates, "tokens/s", settings, device)
+
+
+def _stand_alone(genome: Genome, dtype: str, device: torch.device) -> LanguageModel:
+    return build(genome).to(device=device, dtype=DTYPES[dtype])
+
+
+def _tokens(genome: Genome, batch: int, length: int, device: torch.device) -> torch.Tensor:
+    return torch.randint(genome.vocab, (batch, length), device=device)
+
+
+def _prefill(
+    genome: Genome, settings: LatencySettings, device: torch.device, deadline: float | None
+) -> list[float]:
+    model = _stand_alone(genome, settings.dtype, device).eval()
+    tokens = _tokens(genome, settings.batch, settings.context, device)
+    state = None
+
+    def prepare() -> None:
+        nonlocal state
+        state = model.init_state(settings.batch, settings.context)
+
+    with torch.inference_mode():
+        return _repeat(lambda: model(tokens, state), device, deadline, prepare)
+
+
+def _decode(
+    genome: Genome, settings: LatencySettings, device: torch.device, deadline: float | None
+) -> list[float]:
+    """One token after another; the context grows by one per repeat."""
+    model = _stand_alone(genome, settings.dtype, device).eval()
+    tokens = _tokens(genome, settings.batch, settings.context, device)
+    token = tokens[:, :1]
+    with torch.inference_mode():
+        state = model.init_state(settings.batch, settings.context + WARM_UP + MOST_REPEATS)
+        _, state = model(tokens, state)
+
+        def step() -> None:
+            nonlocal state
+            _, state = model(token, state)
+
+        return _repeat(step, device, deadline)
+
+
+def _training_step(
+    genome: Genome, settings: TrainingSettings, device: torch.device
+) -> Callable[[], object]:
+    model = _stand_alone(genome, settings.dtype, device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    tokens = _tokens(genome, settings.batch, settings.length + 1, device)
+
+    def step() -> None:
+        logits, _ = model(tokens[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _repeat(
+    call: Callable[[], object],
+    device: torch.device,
+    deadline: float | None,
+    prepare: Callable[[], object] = lambda: None,
+) -> list[float]:
+    """Seconds of each repeat of `call`, after warm-up; `prepare` is outside the clock."""
+    for _ in range(WARM_UP):
+        _look_at(deadline, 0)
+        prepare()
+        call()
+    began = time.perf_counter()
+    times: list[float] = []
+    while len(times) < MOST_REPEATS:
+        if len(times) >= LEAST_REPEATS and time.perf_counter() - began > ENOUGH_SECONDS:
+            break
+        _look_at(deadline, len(times))
+        prepare()
+        times.append(_timed(call, device))
+    return times
+
+
+def _look_at(deadline: float | None, step: int) -> None:
+    if deadline is not None and time.monotonic() >= deadline:
+        raise TimeLimit(step)
+
+
+def _timed(call: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end) / 1e3
+
+
+def _peak_memory(
+    genome: Genome, settings: TrainingSettings, device: torch.device, deadline: float | None
+) -> tuple[list[float], str]:
+    """The most that model, gradients, optimiser and activations hold in two training steps.
+
+    CUDA: the allocator's maximum above what it held before. CPU: the largest increase of the
+    resident set above that before the model was built, sampled by a thread; memory that the
+    allocator kept from earlier work is not seen, so it is a lower bound.
+    """
+    repeats: list[float] = []
+    for _ in range(LEAST_REPEATS // 3):
+        _look_at(deadline, len(repeats))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            _two_steps(genome, settings, device)
+            torch.cuda.synchronize(device)
+            repeats.append(float(torch.cuda.max_memory_allocated(device) - before))
+        else:
+            with _ResidentSet() as resident:
+                _two_steps(genome, settings, device)
+            repeats.append(float(resident.increase))
+    how = "allocator" if device.type == "cuda" else "increase of the resident set"
+    return repeats, how
+
+
+def _two_steps(genome: Genome, settings: TrainingSettings, device: torch.device) -> None:
+    step = _training_step(genome, settings, device)
+    step()
+    step()
+
+
+class _ResidentSet:
+    """The largest increase of this process' resident set inside the block."""
+
+    def __enter__(self) -> _ResidentSet:
+        self._process = psutil.Process()
+        self._before = self._process.memory_info().rss
+        self.increase = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._look()
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(SAMPLE_SECONDS):
+            self._look()
+
+    def _look(self) -> None:
+        self.increase = max(self.increase, self._process.memory_info().rss - self._before)
+
+
+def _summary(
+    samples: Sequence[float],
+    unit: str,
+    settings: LatencySettings | TrainingSettings,
+    device: torch.device,
+    how: str | None = None,
+) -> dict[str, Any]:
+    low, median, high = (float(v) for v in np.percentile(samples, [10, 50, 90]))
+    conditions: dict[str, Any] = {
+        "device": device_name(device),
+        "backend": {op: current(op, device) for op in OPS},
+        **settings.model_dump(),
+        "threads": torch.get_num_threads(),
+        "warm_up": WARM_UP,
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }
+    if how is not None:
+        conditions["measured_as"] = how
+    measured = Measurement(median, low, high, unit, len(samples), conditions)
+    return {**vars(measured)}
+
+
+def device_name(device: torch.device | str) -> str:
+    """`cpu (AMD EPYC ...)` or the name of the CUDA device."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({_cpu_name()})"
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,263 @@
+"""The study: what a user asks, as one YAML file, checked before anything is created."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from ..genome import presets
+from ..genome.genome import Genome
+from ..genome.notation import parse
+from ..genome.quantity import Bytes
+from ..genome.rules import require_valid
+from ..genome.space import Space
+from ..genome.space_check import SpaceError, check_space
+from ..primitives.base import GeneError
+from ..proxies.recipe import TrainConfig
+from ..proxies.task import ProxyError
+from ..proxies.tasks import ProxyConfig, make_task
+from .objectives import Goal, ObjectiveChoice, QualitySettings, ScoreSettings, goals, spelled_out
+from .study_file import StudyError, StudyFile
+
+DEFAULT_EVALUATE = "mendel.search.evaluate:evaluate"
+
+Strict = ConfigDict(extra="forbid", frozen=True)
+WholeNumber = Annotated[int, Field(strict=True)]
+
+
+class SearchConfig(BaseModel):
+    """How candidates are proposed and halved."""
+
+    model_config = Strict
+
+    sampler: Literal["evolution", "random", "tpe"] = "evolution"
+    trials: WholeNumber = Field(64, ge=1, description="candidates trained, baselines not counted")
+    population: WholeNumber = Field(16, ge=2, description="parents that survive (NSGA-II)")
+    seed: WholeNumber = Field(0, ge=0)
+    rungs: tuple[float, ...] = Field((1.0,), min_length=1, description="shares of the steps")
+    eta: WholeNumber = Field(3, ge=2, description="one in eta goes on to the next rung")
+    in_flight: WholeNumber | None = Field(
+        None, ge=1, description="trials under way at once; absent: the population"
+    )
+    crossover: float = Field(0.9, ge=0, le=1, description="share of children with two parents")
+    tournament: WholeNumber = Field(2, ge=1, description="trials that compete to be a parent")
+
+    @field_validator("rungs")
+    @classmethod
+    def _rising(cls, rungs: tuple[float, ...]) -> tuple[float, ...]:
+        if list(rungs) != sorted(set(rungs)) or rungs[0] <= 0 or rungs[-1] != 1.0:
+            raise ValueError("rungs are shares of the steps that rise from above 0 to 1.0")
+        return rungs
+
+    @property
+    def slots_in_flight(self) -> int:
+        """How many trials are under way at once, in virtual time."""
+        return self.population if self.in_flight is None else self.in_flight
+
+
+class WorkersConfig(BaseModel):
+    """Where candidates are trained."""
+
+    model_config = Strict
+
+    executor: Literal["serial", "ray"] = "ray"
+    count: WholeNumber | Literal["auto"] = Field("auto")
+    threads: WholeNumber = Field(1, ge=1, description="torch threads of a worker")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    time_limit: float | None = Field(None, gt=0, description="seconds of one rung of one trial")
+    memory_limit: Annotated[Bytes, Field(ge=1)] | None = Field(
+        None, description="bytes beside the worker's own"
+    )
+    recycle: WholeNumber = Field(100, ge=1, description="jobs after which a worker starts afresh")
+
+    @field_validator("count")
+    @classmethod
+    def _some(cls, count: int | str) -> int | str:
+        if isinstance(count, int) and count < 1:
+            raise ValueError("count is `auto` or a whole number of at least 1")
+        return count
+
+
+class Baseline(BaseModel):
+    """A design that always runs: a preset's name, or a name with a genome in notation."""
+
+    model_config = Strict
+
+    name: str = Field(min_length=1)
+    genome: str | None = None
+
+
+def _baseline(entry: Any) -> Any:
+    return {"name": entry} if isinstance(entry, str) else entry
+
+
+class Study(BaseModel):
+    """A study. Every key is checked; an unknown one is refused."""
+
+    model_config = Strict
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    question: str = ""
+    space: Space
+    proxies: dict[str, ProxyConfig] = Field(min_length=1)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    objectives: tuple[Annotated[ObjectiveChoice, BeforeValidator(spelled_out)], ...] = Field(  # type: ignore[valid-type]
+        min_length=1
+    )
+    search: SearchConfig = SearchConfig()
+    baselines: tuple[Annotated[Baseline, BeforeValidator(_baseline)], ...] = ()
+    workers: WorkersConfig = WorkersConfig()
+    runs: Path = Path("runs")
+    storage: str | None = Field(None, description="an Optuna storage URL instead of the journal")
+    evaluate: str = Field(DEFAULT_EVALUATE, pattern=r"^[\w.]+:\w+$")
+
+    _text: str = PrivateAttr(default="")
+    _goals: list[Goal] = PrivateAttr(default_factory=list)
+
+    @field_validator("objectives")
+    @classmethod
+    def _one_each(cls, choices: tuple[BaseModel, ...]) -> tuple[BaseModel, ...]:
+        for choice in choices:
+            if sum(value is not None for _, value in choice) != 1:
+                raise ValueError("an objective is a name, or one name with its settings")
+        labels = [goal.label for goal in goals(choices)]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"{label} stands twice among the objectives")
+        return choices
+
+    @model_validator(mode="after")
+    def _proxies_exist(self) -> Study:
+        self._goals = goals(self.objectives)
+        for goal in self._goals:
+            named: list[str] = []
+            if isinstance(goal.settings, ScoreSettings):
+                named = [goal.settings.proxy]
+            elif isinstance(goal.settings, QualitySettings):
+                named = list(goal.settings.weights)
+                weights = [goal.settings.weights.get(p, 1.0) for p in self.proxies]
+                if min(weights) < 0 or sum(weights) <= 0:
+                    raise ValueError("objectives: weights are at least 0, and one is above 0")
+            for proxy in named:
+                if proxy not in self.proxies:
+                    raise ValueError(
+                        f"objectives: no proxy is named {proxy!r}; "
+                        f"there are {', '.join(self.proxies)}"
+                    )
+        names = [b.name for b in self.baselines]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"baselines: {name} stands twice")
+        return self
+
+    @property
+    def goals(self) -> list[Goal]:
+        """The objectives, in order, each with its label, settings and direction."""
+        return self._goals
+
+    @property
+    def text(self) -> str:
+        """The study as YAML: as the user wrote it where no option changed it."""
+        return self._text or yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return self.runs / self.name
+
+    def moved(self, runs: Path) -> Study:
+        """The same study with its runs in another folder."""
+        return self.model_copy(update={"runs": runs})
+
+    def steps(self, rung: int) -> dict[str, int]:
+        """Steps that each proxy has trained at the end of a rung, at least one."""
+        share = self.search.rungs[rung]
+        return {k: max(1, round(share * p.steps)) for k, p in self.proxies.items()}
+
+    def baseline_genomes(self) -> list[tuple[str, Genome]]:
+        """Name and genome of each baseline, at the study's width and depth where a preset scales.
+
+        Raises GeneError with a sentence."""
+        return [(b.name, baseline_genome(b, self.space)) for b in self.baselines]
+
+
+def baseline_genome(baseline: Baseline, space: Space) -> Genome:
+    """A baseline's genome: its notation, or its preset in the largest size that the study allows.
+
+    Presets keep the published order of operators; the study gives width and depth.
+    """
+    width, depth = max(space.width), space.depth[1]
+    if baseline.genome is not None:
+        return parse(baseline.genome, width=width)
+    return presets.load(baseline.name, width=width, depth=depth)
+
+
+def load_study(
+    path: Path | str, overrides: Mapping[str, Any] | None = None, *, check: bool = True
+) -> Study:
+    """Read and check a study. `overrides` maps dotted keys to values: {"search.trials": 8}.
+
+    With `check` it also draws genomes, makes the baselines, reads the proxies' text and looks
+    whether the runs folder can be written; nothing is created. Raises StudyError with one line:
+    file, line, column, key, what is allowed.
+    """
+    file = StudyFile.read(path, overrides or {})
+    try:
+        study = Study.model_validate(file.data)
+    except ValidationError as error:
+        raise file.explain(error, Study) from None
+    study._text = file.text
+    if check:
+        _check(study, file)
+    return study
+
+
+def _check(study: Study, file: StudyFile) -> None:
+    """What only a look at the machine or a draw from the space can tell."""
+    for index, baseline in enumerate(study.baselines):
+        try:
+            require_valid(baseline_genome(baseline, study.space))
+        except (GeneError, ValueError) as error:
+            raise file.error(("baselines", index), str(error)) from None
+    try:
+        check_space(study.space, seed=study.search.seed)
+    except SpaceError as error:
+        key, _, sentence = str(error).partition(": ")
+        raise file.error(tuple(key.split(".")), sentence) from None
+    for name, proxy in study.proxies.items():
+        try:
+            make_task(proxy, study.search.seed)
+        except ProxyError as error:
+            key = ("text",) if getattr(proxy.settings, "text", None) is not None else ()
+            raise file.error(("proxies", name, *key), str(error)) from None
+    problem = unwritable(study.folder)
+    if problem:
+        raise file.error(("runs",), problem)
+
+
+def unwritable(folder: Path) -> str | None:
+    """Why a folder cannot be made or written, as words; None where it can. Creates nothing."""
+    for place in (folder, *folder.absolute().parents):
+        if place.is_dir():
+            writable = os.access(place, os.W_OK | os.X_OK)
+            return None if writable else f"{place} cannot be written"
+        if place.exists():
+            return f"{place} is not a folder"
+    return f"{folder} has no folder above it"
+
+
+__all__ = ["Study", "StudyError", "load_study"]
