@@ -26,9 +26,7 @@ class CopyingSettings(SyntheticSettings):
         length = info.data.get("length")
         if length is not None and 2 * count + 2 > length:
             most = (length - 2) // 2
-            raise ValueError(
-                f"num_tokens_to_copy is at most {most} at length {length}, not {count}"
-            )
+            raise ValueError(f"at length {length} it is at most {most}, not {count}")
         return count
 
 
