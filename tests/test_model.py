@@ -49,7 +49,7 @@ def test_the_check_sees_a_form_that_differs(monkeypatch: pytest.MonkeyPatch) -> 
 def test_costs_are_those_of_the_real_model(index: int) -> None:
     genome = random_genomes(index + 1, seed=2)[index]
     context = 19
-    model = build(genome)
+    model = build(genome).requires_grad_(False)  # torch's counter hooks gradients
     counted = cost(genome, context, torch.float32)
     assert counted.total.params == real_params(model)
     state = model.init_state(1, context)
