@@ -17,6 +17,38 @@ class ContextError(ValueError):
     """A call goes beyond what a table of positions or a cache holds."""
 
 
+_TABLES: dict[tuple[int, float, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+_MOST_TABLES = 16
+
+
+def rope_tables(
+    head_dim: int, theta: float, end: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and signed sin of RoPE's angles, (tokens, 1, K), for at least the tokens before `end`.
+
+    Kept for the next call and shared by all layers: at a long context they are as large as a cache.
+    """
+    key = (head_dim, theta, dtype, device)
+    held = _TABLES.get(key)
+    if held is not None and held[0].shape[0] >= end:
+        return held
+    tokens = max(256, 1 << (end - 1).bit_length())
+    # A table made in inference mode could not be used in training later.
+    with torch.inference_mode(False), torch.no_grad():
+        # float64 on the CPU: the angle of a late token loses its digits in float32.
+        pairs = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+        angle = torch.outer(torch.arange(tokens, dtype=torch.float64), theta**-pairs)
+        cos, sin = angle.cos(), angle.sin()
+        tables = (
+            torch.cat((cos, cos), -1).unsqueeze(1).to(device, dtype),
+            torch.cat((-sin, sin), -1).unsqueeze(1).to(device, dtype),
+        )
+    if len(_TABLES) >= _MOST_TABLES:
+        _TABLES.clear()
+    _TABLES[key] = tables
+    return tables
+
+
 class Rotary(nn.Module):
     """RoPE (Su et al., arXiv 2104.09864) in the half-split layout that Llama uses.
 
@@ -30,28 +62,12 @@ class Rotary(nn.Module):
             raise ValueError(f"RoPE turns pairs of channels: a head width of {head_dim} is odd")
         self.head_dim = head_dim
         self.theta = theta
-        # Plain attributes: a table is no weight, and `module.to(bf16)` must not round its angles.
-        self._cos = self._sin = torch.empty(0, head_dim)
-
-    def _tables(self, end: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and signed sin for the tokens before `end` and more, (tokens, 1, K)."""
-        held = self._cos
-        if held.shape[0] < end or held.dtype != dtype or held.device != device:
-            tokens = max(256, 1 << (end - 1).bit_length())
-            pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
-            # float64 on the CPU: the angle of a late token loses its digits in float32.
-            angle = torch.outer(torch.arange(tokens, dtype=torch.float64), self.theta**-pairs)
-            sin = angle.sin()
-            cos = angle.cos().repeat(1, 2).unsqueeze(1)
-            self._cos = cos.to(device, dtype)
-            self._sin = torch.cat((-sin, sin), -1).unsqueeze(1).to(device, dtype)
-        return self._cos, self._sin
 
     def forward(self, x: Tensor, start: int) -> Tensor:
         """x (B, T, heads, K), whose first token has position `start`, turned; same shape, dtype."""
         end = start + x.shape[1]
-        dtype = torch.float32 if x.dtype.itemsize < 4 else x.dtype
-        cos, sin = self._tables(end, dtype, x.device)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = rope_tables(self.head_dim, self.theta, end, dtype, x.device)
         # A roll by half a head swaps the two channels of every pair.
         swapped = torch.roll(x, self.head_dim // 2, -1)
         return torch.addcmul(x * cos[start:end], swapped, sin[start:end]).to(x.dtype)

@@ -10,6 +10,9 @@ from ..kernels.letters import H
 from .keyvalues import KeyValues
 from .position import alibi_bias
 
+BANDS = 4
+"""A sequence of so many windows is computed block by block; a shorter one in one piece, masked."""
+
 
 def attend(q: Tensor, kv: KeyValues, window: int | None, slopes: H | None) -> Tensor:
     """softmax(q k^T / sqrt(K) + bias) v, each query over its own position and those before it.
@@ -23,24 +26,61 @@ def attend(q: Tensor, kv: KeyValues, window: int | None, slopes: H | None) -> Te
         kv = kv.last(window + tokens - 1)
     keys, values = kv.keys.to(q.dtype), kv.values.to(q.dtype)
     if tokens == 1:
-        return _attend_one(q, keys, values, _bias(kv, 1, None, slopes))
+        # One query sees every key that it is given.
+        bias = None if slopes is None else _bias(kv, 1, None, slopes)
+        return _attend_one(q, keys, values, bias)
+    if kv.tokens == tokens and window is not None and tokens >= BANDS * window:
+        return _attend_banded(q, keys, values, window, slopes)
     grouped = keys.shape[1] != q.shape[1]
     if slopes is None and kv.tokens == tokens and (window is None or window >= tokens):
         return F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=grouped)
     bias = _bias(kv, tokens, window, slopes)
-    assert bias is not None
     return F.scaled_dot_product_attention(
         q, keys, values, attn_mask=bias.to(q.dtype), enable_gqa=grouped
     )
 
 
-def _bias(kv: KeyValues, tokens: int, window: int | None, slopes: H | None) -> Tensor | None:
-    """What is added to the scores, (1, H or 1, T, S): -inf where a query sees no key, ALiBi.
+def _attend_banded(
+    q: Tensor, keys: Tensor, values: Tensor, window: int, slopes: H | None
+) -> Tensor:
+    """A whole sequence from its start in O(T * window).
 
-    None for one query without ALiBi: it sees every key that it is given.
+    A block of `window` queries sees no key outside its own block and the one before it, so all
+    blocks but the first share one bias.
     """
-    if tokens == 1 and slopes is None:
-        return None
+    batch, heads, tokens, width = q.shape
+    start = KeyValues(keys[:, :, :window], values[:, :, :window])
+    first = attend(q[:, :, :window], start, window, slopes)
+    blocks = -(-tokens // window)
+    pad = blocks * window - tokens
+    if pad:
+        # Keys after the last query: no query sees them.
+        q, keys, values = (F.pad(t, (0, 0, 0, pad)) for t in (q, keys, values))
+
+    def by_block(t: Tensor) -> Tensor:
+        """(B, heads, tokens, K) to (B, blocks, heads, window, K)."""
+        return t.reshape(batch, t.shape[1], -1, window, width).transpose(1, 2)
+
+    def with_previous(t: Tensor) -> Tensor:
+        own = by_block(t)
+        return torch.cat((own[:, :-1], own[:, 1:]), 3).flatten(0, 1)
+
+    pair = KeyValues(keys[:1, :1, : 2 * window], values[:1, :1, : 2 * window])
+    bias = _bias(pair, window, window, slopes)
+    rest = F.scaled_dot_product_attention(
+        by_block(q)[:, 1:].flatten(0, 1),
+        with_previous(keys),
+        with_previous(values),
+        attn_mask=bias.to(q.dtype),
+        enable_gqa=keys.shape[1] != heads,
+    )
+    rest = rest.reshape(batch, blocks - 1, heads, window, width).transpose(1, 2)
+    rest = rest.reshape(batch, heads, -1, width)[:, :, : tokens - window]
+    return torch.cat((first, rest), 2)
+
+
+def _bias(kv: KeyValues, tokens: int, window: int | None, slopes: H | None) -> Tensor:
+    """What is added to the scores, (1, H or 1, T, S): -inf where a query sees no key, ALiBi."""
     device = kv.keys.device
     queries = torch.arange(kv.end - tokens, kv.end, device=device)
     distance = queries[:, None] - kv.positions()

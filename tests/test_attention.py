@@ -32,6 +32,7 @@ from mendel.primitives.base import Gene, GeneError, Site, State
 from mendel.primitives.catalogue import resolve
 from mendel.primitives.keyvalues import KeyValues
 from mendel.primitives.position import ContextError
+from mendel.primitives.scores import attend
 
 WIDTH = 48
 TOKENS = 37
@@ -452,3 +453,66 @@ def test_only_attention_lends() -> None:
     mlp = primitive.configure(Site(WIDTH), genes)
     assert lending_problem(mlp, config()) == "only attention lends keys and values"
     assert lending_problem(config(), mlp) == "only attention borrows keys and values"
+
+
+ATTEND: dict[str, tuple[int, int, int, int | None, bool]] = {
+    # heads, key-value heads, tokens, window, ALiBi
+    "full": (4, 2, 19, None, False),
+    "alibi": (6, 3, 19, None, True),
+    "masked": (4, 1, 19, 7, False),
+    "banded": (4, 2, 40, 8, False),
+    "banded-odd": (4, 4, 43, 8, False),
+    "banded-alibi": (6, 2, 33, 8, True),
+    "banded-of-1": (2, 1, 9, 1, False),
+    "at-the-threshold": (2, 1, 20, 5, False),
+}
+
+
+@pytest.mark.parametrize("name", ATTEND)
+def test_attention_over_a_sequence_is_its_formula(name: str) -> None:
+    """Outputs and gradients against a loop over tokens and heads, in float64."""
+    heads, groups, tokens, window, alibi = ATTEND[name]
+    torch.manual_seed(0)
+    shapes = ((heads, 6), (groups, 6), (groups, 6))
+    given = [torch.randn(2, n, tokens, k, dtype=torch.float64).requires_grad_() for n, k in shapes]
+    slopes = torch.rand(heads, dtype=torch.float64) if alibi else None
+    q, k, v = given
+    rows = []
+    for t in range(tokens):
+        first = 0 if window is None else max(0, t - window + 1)
+        row = []
+        for h in range(heads):
+            seen = (slice(None), h * groups // heads, slice(first, t + 1))
+            scores = (k[seen] @ q[:, h, t, :, None]).squeeze(-1) / 6**0.5
+            if slopes is not None:
+                scores = scores - slopes[h] * (t - torch.arange(first, t + 1))
+            row.append((scores.softmax(-1).unsqueeze(1) @ v[seen]).squeeze(1))
+        rows.append(torch.stack(row, 1))
+    expected = torch.stack(rows, 2)
+    weight = torch.randn_like(expected)
+    wanted = torch.autograd.grad((expected * weight).sum(), given)
+    out = attend(q, KeyValues(k, v), window, slopes)
+    got = torch.autograd.grad((out * weight).sum(), given)
+    assert error(out, expected) < 1e-12
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["conv", "sliding-alibi", "everything"])
+@torch.no_grad()
+def test_a_cache_may_be_narrower_than_the_model(name: str) -> None:
+    module, x = build(CASES[name]), inputs()
+    state: State | None = module.init_state(2, TOKENS, torch.bfloat16)
+    out = []
+    for part in x.split([8, 1, 20, 1, 7], 1):
+        y, state = module(part, state)
+        out.append(y)
+    # Keys and values rounded to 8 bits.
+    assert error(torch.cat(out, 1), module(x)[0]) < 6e-2
+
+
+def test_inference_mode_leaves_nothing_behind_that_training_refuses() -> None:
+    module, x = build({"rope_theta": 31.0}), inputs()
+    with torch.inference_mode():
+        module(x)
+    module(x)[0].sum().backward()
