@@ -17,8 +17,10 @@ NAME = "selective-copying"
 class CopyingSettings(SyntheticSettings):
     """Settings of selective copying; the defaults are MAD's."""
 
-    length: int = Field(256, ge=4, description="tokens of a sequence")
-    num_tokens_to_copy: int = Field(16, ge=1, description="tokens to repeat", validate_default=True)
+    length: int = Field(default=256, ge=4, description="tokens of a sequence")
+    num_tokens_to_copy: int = Field(
+        default=16, ge=1, description="tokens to repeat", validate_default=True
+    )
 
     @field_validator("num_tokens_to_copy")
     @classmethod

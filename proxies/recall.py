@@ -18,7 +18,8 @@ class RecallSettings(SyntheticSettings):
     """Settings of in-context recall; the defaults are MAD's."""
 
     multi_query: bool = Field(
-        True, description="every repeated key asks; otherwise only the last one, after a prefix"
+        default=True,
+        description="every repeated key asks; otherwise only the last one, after a prefix",
     )
 
     @field_validator("length")

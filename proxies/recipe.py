@@ -25,21 +25,30 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     lr: float | tuple[float, ...] = Field(
-        3e-3, description="peak learning rate, or a list to choose from (see `grid`)"
+        default=3e-3, description="peak learning rate, or a list to choose from (see `grid`)"
     )
-    min_lr: float = Field(1e-6, ge=0, description="learning rate of the last step")
-    weight_decay: float = Field(0.1, ge=0, description="decoupled, times the learning rate")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's averaging of moments")
-    warmup: float = Field(0.1, ge=0, lt=1, description="part of the steps in linear warm-up")
-    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    min_lr: float = Field(default=1e-6, ge=0, description="learning rate of the last step")
+    weight_decay: float = Field(default=0.1, ge=0, description="decoupled, times the learning rate")
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.95), description="AdamW's averaging of moments"
+    )
+    warmup: float = Field(
+        default=0.1, ge=0, lt=1, description="part of the steps in linear warm-up"
+    )
+    clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
     dtype: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="bf16 is autocast; auto is bf16 on CUDA devices that have it, else fp32"
+        default="auto",
+        description="bf16 is autocast; auto is bf16 on CUDA devices that have it, else fp32",
     )
-    compile: bool = Field(False, description="use torch.compile (needs a C++ compiler on a CPU)")
+    compile: bool = Field(
+        default=False, description="use torch.compile (needs a C++ compiler on a CPU)"
+    )
     grid: float = Field(
-        0.1, gt=0, le=1, description="part of the steps that each lr of a list is tried for"
+        default=0.1, gt=0, le=1, description="part of the steps that each lr of a list is tried for"
     )
-    eval_every: int = Field(0, ge=0, description="steps between evaluations in the curve; 0: none")
+    eval_every: int = Field(
+        default=0, ge=0, description="steps between evaluations in the curve; 0: none"
+    )
 
     @field_validator("lr")
     @classmethod

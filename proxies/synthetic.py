@@ -40,10 +40,14 @@ class SyntheticSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    vocab: int = Field(16, ge=4, description="size of the alphabet, special tokens included")
-    length: int = Field(128, ge=4, description="tokens of a sequence")
-    train_examples: int = Field(12_800, ge=1, description="training sequences, seen in epochs")
-    test_examples: int = Field(1_280, ge=1, description="held-out sequences")
+    vocab: int = Field(
+        default=16, ge=4, description="size of the alphabet, special tokens included"
+    )
+    length: int = Field(default=128, ge=4, description="tokens of a sequence")
+    train_examples: int = Field(
+        default=12_800, ge=1, description="training sequences, seen in epochs"
+    )
+    test_examples: int = Field(default=1_280, ge=1, description="held-out sequences")
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class ProxyConfig(BaseModel):
 
     task: str = Field(description="a name in `mendel tasks`")
     steps: int = Field(ge=1, description="training steps of a whole training")
-    batch: int = Field(32, ge=1, description="sequences per step")
+    batch: int = Field(default=32, ge=1, description="sequences per step")
     settings: SerializeAsAny[BaseModel]
 
     @model_validator(mode="before")

@@ -30,16 +30,22 @@ class TextSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    length: int = Field(256, ge=2, description="bytes that a model reads per sequence")
+    length: int = Field(default=256, ge=2, description="bytes that a model reads per sequence")
     text: str | None = Field(
-        None,
+        default=None,
         description="a file, folder, glob or data set on disk (txt, md, jsonl, parquet, arrow, "
         "source code); absent: the source text of Python's standard library",
     )
-    text_field: str = Field("text", description="the field of jsonl, parquet and arrow rows")
-    split: str = Field("train", description="the split of a data set on disk that has several")
-    max_bytes: int = Field(8_000_000, ge=1_000, description="bytes read, in sorted order of paths")
-    test_bytes: int = Field(65_536, ge=1, description="held-out bytes scored, about")
+    text_field: str = Field(
+        default="text", description="the field of jsonl, parquet and arrow rows"
+    )
+    split: str = Field(
+        default="train", description="the split of a data set on disk that has several"
+    )
+    max_bytes: int = Field(
+        default=8_000_000, ge=1_000, description="bytes read, in sorted order of paths"
+    )
+    test_bytes: int = Field(default=65_536, ge=1, description="held-out bytes scored, about")
 
 
 class TextTask:
