@@ -121,7 +121,7 @@ def _read_liv(text: str, index: int) -> Op:
         )
     if any(len(part) > 6 for part in parts):
         raise StarError(f"LIV {index}: an integer of {text!r} is too large")
-    number, *sharing = map(int, parts)
+    number, weights_group, weights_strategy, group, strategy = map(int, parts)
     if number not in CLASSES:
         raise StarError(f"LIV {index}: STAR's classes are 1 to {len(CLASSES)}, not {number}")
     known = CLASSES[number]
@@ -131,14 +131,15 @@ def _read_liv(text: str, index: int) -> Op:
             f"{known.missing}"
         )
     labels: dict[str, str] = {}
-    for kind, group, strategy in (("weights", *sharing[:2]), ("features", *sharing[2:])):
-        if strategy not in (NONE, ALL):
+    stated = {"weights": (weights_group, weights_strategy), "features": (group, strategy)}
+    for kind, (label, chosen) in stated.items():
+        if chosen not in (NONE, ALL):
             raise StarError(
                 f"LIV {index}: the strategies of sharing {kind} are 1 (none) and 2 (all), "
-                f"not {strategy}"
+                f"not {chosen}"
             )
-        if strategy == ALL:
-            labels[kind] = letters(group)
+        if chosen == ALL:
+            labels[kind] = letters(label)
     if "features" in labels and not primitive_of(known.op).lends:
         raise StarError(
             f"LIV {index}: this version shares no features of class {number} ({known.name})"
