@@ -23,6 +23,7 @@ from .recurrent_parts import (
     ReadOutNorm,
     ShortConv,
     at_least_float32,
+    full_precision,
     group_count,
     head_count,
     inner_width,
@@ -121,14 +122,17 @@ class Delta(Operator):
         if c.negative_eigenvalues:
             beta = 2 * beta
 
-        o, matrix = delta_rule(
-            repeat_groups(q, c.heads),
-            repeat_groups(k, c.heads),
-            v.unflatten(-1, (c.heads, c.value_dim)),
-            beta,
-            self.dt(decay)[1] if self.dt is not None else None,
-            tensors.get("matrix"),
-        )
+        log_decay = self.dt(decay)[1] if self.dt is not None else None
+
+        with full_precision(x):
+            o, matrix = delta_rule(
+                repeat_groups(q, c.heads),
+                repeat_groups(k, c.heads),
+                v.unflatten(-1, (c.heads, c.value_dim)),
+                beta,
+                log_decay,
+                tensors.get("matrix"),
+            )
         y = self.out_proj(self.norm(o, z if c.gate != "none" else None).to(x.dtype))
         if state is None:
             return y, None

@@ -32,6 +32,7 @@ from .recurrent_parts import (
     ShortConv,
     at_least_float32,
     auto_heads,
+    full_precision,
     inner_width,
     short_conv_params,
     taps_axis,
@@ -120,7 +121,8 @@ class GatedScan(Operator):
 
         u, gates = at_least_float32(u), at_least_float32(gates)
         log_a, b = mingru(u, gates) if self.rg_lru is None else self.rg_lru(u, gates, start)
-        h, last = diagonal_scan(log_a, b, tensors.get("h"))
+        with full_precision(x):
+            h, last = diagonal_scan(log_a, b, tensors.get("h"))
         if c.branch == "gelu":
             h = h * F.gelu(at_least_float32(y), approximate="tanh")
         out = self.out_proj(h.to(x.dtype))

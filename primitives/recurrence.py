@@ -36,6 +36,7 @@ from .recurrent_parts import (
     ReadOutNorm,
     ShortConv,
     at_least_float32,
+    full_precision,
     group_count,
     head_count,
     inner_width,
@@ -149,14 +150,15 @@ class Recurrence(Operator):
             decay = at_least_float32(decay) + self.decay_bias
             log_decay = F.logsigmoid(decay) / SIGMOID_TEMPERATURE
 
-        o, matrix = matrix_state(
-            repeat_groups(q, c.heads),
-            repeat_groups(k, c.heads),
-            written,
-            log_decay,
-            tensors.get("matrix"),
-            scale=scale,
-        )
+        with full_precision(x):
+            o, matrix = matrix_state(
+                repeat_groups(q, c.heads),
+                repeat_groups(k, c.heads),
+                written,
+                log_decay,
+                tensors.get("matrix"),
+                scale=scale,
+            )
         if self.skip is not None:
             o = o + self.skip[:, None] * v
         y = self.out_proj(self.norm(o, z if c.gate != "none" else None).to(x.dtype))

@@ -6,6 +6,7 @@ Sums, norms and decays are computed in float32 at least, whatever the dtype of t
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,11 @@ def taps_axis(default: int) -> Axis:
 def at_least_float32(t: Tensor) -> Tensor:
     """The tensor in the dtype of sums and states."""
     return t.to(state_dtype(t.dtype))
+
+
+def full_precision(t: Tensor) -> AbstractContextManager[object]:
+    """No autocast inside: it would compute an operator's sums, and so its state, in bf16."""
+    return torch.autocast(t.device.type, enabled=False)
 
 
 def inner_width(name: str, width: int, expand: float) -> int:
@@ -96,9 +102,10 @@ class ShortConv(nn.Module):
 
     def forward(self, x: BTD, tail: Tensor | None) -> tuple[BTD, Tensor]:
         """The outputs and the last W - 1 inputs, (B, D, W-1)."""
-        return short_conv(
-            x, self.weight, self.bias, tail, activation="silu" if self.silu else "none"
-        )
+        with full_precision(x):
+            return short_conv(
+                x, self.weight, self.bias, tail, activation="silu" if self.silu else "none"
+            )
 
 
 def short_conv_params(channels: int, taps: int, bias: bool) -> int:

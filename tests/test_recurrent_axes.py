@@ -37,7 +37,7 @@ def draw(primitive: Primitive, seed: int) -> dict[str, Gene]:
 
 
 CASES = [
-    pytest.param(p, draw(p, seed), id=f"{p.name}-{seed}") for p in PRIMITIVES for seed in range(20)
+    pytest.param(p, draw(p, seed), id=f"{p.name}-{seed}") for p in PRIMITIVES for seed in range(12)
 ]
 
 
@@ -97,6 +97,23 @@ def test_bf16_stays_near_float32(primitive: Primitive, genes: dict[str, Gene]) -
         assert low.dtype == torch.bfloat16
         high = module.float()(x.float())[0]
     assert (low.float() - high).norm() < 0.05 * high.norm()
+
+
+@pytest.mark.parametrize(("primitive", "genes"), CASES)
+def test_autocast_keeps_the_state_in_float32(primitive: Primitive, genes: dict[str, Gene]) -> None:
+    """The training form of a bf16 device: the weights stay float32, the projections are bf16."""
+    module, x = build(primitive, genes), tokens(torch.float32)
+    reference = module(x)[0].detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = module(x)[0]
+        _, state = module(x, module.init_state(2, TOKENS, torch.bfloat16))
+    assert (y.float() - reference).norm() < 0.05 * reference.norm()
+    y.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+    assert state is not None
+    dtypes = {name: t.dtype for name, t in state.tensors.items()}
+    assert dtypes.pop("conv", torch.bfloat16) == torch.bfloat16
+    assert set(dtypes.values()) <= {torch.float32}
 
 
 @pytest.mark.parametrize(("primitive", "genes"), CASES)
