@@ -38,6 +38,10 @@ class Diverged(RuntimeError):
         self.step = step
         self.loss = loss
 
+    def __reduce__(self) -> tuple[type[Diverged], tuple[int, float]]:
+        # The default would give the message to __init__ when another process takes it over.
+        return type(self), (self.step, self.loss)
+
 
 class TimeLimit(RuntimeError):
     """The deadline passed between two steps; the training stands at `step` and can go on."""
@@ -45,6 +49,9 @@ class TimeLimit(RuntimeError):
     def __init__(self, step: int) -> None:
         super().__init__(f"out of time at step {step}")
         self.step = step
+
+    def __reduce__(self) -> tuple[type[TimeLimit], tuple[int]]:
+        return type(self), (self.step,)
 
 
 class _Run:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import time
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,13 @@ class TestFailures:
         with pytest.raises(Diverged):
             run.evaluate()
 
+    @pytest.mark.parametrize("error", [Diverged(3, math.inf), TimeLimit(5)])
+    def test_errors_reach_another_process_whole(self, error: Exception) -> None:
+        copied = pickle.loads(pickle.dumps(error))
+        assert type(copied) is type(error)
+        assert str(copied) == str(error)
+        assert vars(copied) == vars(error)
+
     def test_deadline(self) -> None:
         run = training(steps=6)
         with pytest.raises(TimeLimit, match="out of time at step 0"):
@@ -267,7 +275,6 @@ class TestFailures:
             if step == 3:
                 time.sleep(max(0.0, limit - time.monotonic()))
 
-        limit = time.monotonic() + 60
         limit = time.monotonic() + 1
         with pytest.raises(TimeLimit) as error:
             run.advance(6, limit, tired)
