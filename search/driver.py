@@ -80,10 +80,11 @@ def search(
     with RunStore.open(study) as store, storage_errors(study.folder):
         place = store.folder / "provenance.json"
         write_json(place, provenance(study, read_json(place)))
-        pool = executor if not isinstance(executor, str | None) else None
-        own = pool is None
-        if pool is None:
+        own = executor is None or isinstance(executor, str)
+        if executor is None or isinstance(executor, str):
             pool = make_executor(study, executor, address)
+        else:
+            pool = executor
         try:
             driver = _Driver(study, store, pool, progress)
             try:

@@ -15,7 +15,7 @@ import torch
 
 from .records import Failure
 from .store import RunError
-from .worker import Limits, Payload, failure_of, hung, run_job
+from .worker import Limits, Payload, failure_of, hung, run_job, warm_up
 
 Key = tuple[int, int, str]
 """Trial, rung, and kind: `train` or `measure`."""
@@ -83,6 +83,7 @@ class SerialExecutor:
         self._plan = plan
         self._queue: deque[Task] = deque()
         torch.set_num_threads(plan.threads)
+        warm_up()
 
     def submit(self, task: Task) -> None:
         self._queue.append(task)
@@ -105,6 +106,7 @@ class _Actor:
         if cores:
             os.sched_setaffinity(0, cores)
         torch.set_num_threads(threads)
+        warm_up()
 
     def ready(self) -> int:
         return os.getpid()
@@ -135,8 +137,8 @@ class RayExecutor:
     """A pool of long-lived actors, one job each at a time.
 
     A job past its hard limit is ended with its actor. A job whose actor dies is tried once more,
-    then it has failed. An actor is replaced after `recycle` jobs and after a failure of memory or
-    of the device, which can leave the process unfit.
+    then it has failed. An actor is replaced after `recycle` jobs and after a failure of a CUDA
+    device, which can leave the process unfit.
     """
 
     def __init__(self, plan: Plan, address: str | None = None) -> None:
@@ -241,7 +243,7 @@ class RayExecutor:
             return
         failure = failure_of(answer)
         self._done.append(Outcome(task.key, answer.get("content"), failure))
-        if failure is not None and (failure.kind == "memory" or "CUDA" in failure.reason):
+        if failure is not None and "CUDA" in failure.reason + failure.detail:
             self._replace(slot)
 
     def _patience(self) -> float | None:

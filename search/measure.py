@@ -158,14 +158,14 @@ def _timed(call: Callable[[], object], device: torch.device) -> float:
         began = time.perf_counter()
         call()
         return time.perf_counter() - began
-    start = torch.cuda.Event(enable_timing=True)
-    end = torch.cuda.Event(enable_timing=True)
+    start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     torch.cuda.synchronize(device)
     start.record()
     call()
     end.record()
     torch.cuda.synchronize(device)
-    return start.elapsed_time(end) / 1e3
+    return float(start.elapsed_time(end)) / 1e3
 
 
 def _peak_memory(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import moocore
+import moocore  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import NDArray
 
@@ -109,7 +109,8 @@ class Frame:
         if not losses.size:
             return losses
         low = np.asarray(self.low)
-        return (losses - low) / (np.asarray(self.high) - low)
+        scaled: Losses = (losses - low) / (np.asarray(self.high) - low)
+        return scaled
 
     def hypervolume(self, losses: Losses) -> float:
         """The volume that the rows dominate, up to the reference point; 0 for no rows."""

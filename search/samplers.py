@@ -241,8 +241,9 @@ class TpeSampler(GenomeSampler):
                 return options[0]
             listed = list(options)
             value = trial.suggest_categorical(name, listed)
-            choices[name] = (listed.index(value), listed)
-            return value  # type: ignore[return-value]
+            index = next(i for i, option in enumerate(listed) if option is value or option == value)
+            choices[name] = (index, [*listed])
+            return listed[index]
 
         try:
             genome = self.grammar.build(choose)

@@ -114,13 +114,13 @@ class Study(BaseModel):
     question: str = ""
     space: Space
     proxies: dict[str, ProxyConfig] = Field(min_length=1)
-    train: TrainConfig = Field(default_factory=TrainConfig)
+    train: TrainConfig = Field(default_factory=lambda: TrainConfig.model_validate({}))
     objectives: tuple[Annotated[ObjectiveChoice, BeforeValidator(spelled_out)], ...] = Field(  # type: ignore[valid-type]
         min_length=1
     )
-    search: SearchConfig = SearchConfig()
+    search: SearchConfig = Field(default_factory=lambda: SearchConfig.model_validate({}))
     baselines: tuple[Annotated[Baseline, BeforeValidator(_baseline)], ...] = ()
-    workers: WorkersConfig = WorkersConfig()
+    workers: WorkersConfig = Field(default_factory=lambda: WorkersConfig.model_validate({}))
     runs: Path = Path("runs")
     storage: str | None = Field(None, description="an Optuna storage URL instead of the journal")
     evaluate: str = Field(DEFAULT_EVALUATE, pattern=r"^[\w.]+:\w+$")
@@ -242,8 +242,9 @@ def _check(study: Study, file: StudyFile) -> None:
         try:
             make_task(proxy, study.search.seed)
         except ProxyError as error:
-            key = ("text",) if getattr(proxy.settings, "text", None) is not None else ()
-            raise file.error(("proxies", name, *key), str(error)) from None
+            names_text = getattr(proxy.settings, "text", None) is not None
+            place = ("proxies", name, "text") if names_text else ("proxies", name)
+            raise file.error(place, str(error)) from None
     problem = unwritable(study.folder)
     if problem:
         raise file.error(("runs",), problem)

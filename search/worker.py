@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 
 from ..proxies.train import Diverged, TimeLimit
 from .records import Failure, FailureKind
@@ -84,6 +85,14 @@ def run_job(evaluate: str, payload: Payload, limits: Limits, *, alarm: bool) -> 
     return {"failure": asdict(failure)}
 
 
+def warm_up() -> None:
+    """Load what a first training step loads, seconds of imports, so that no candidate pays."""
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    functional.cross_entropy(weight, torch.zeros(2, dtype=torch.int64)).backward()
+    optimizer.step()
+
+
 def _late(limits: Limits) -> Failure:
     return Failure(
         "timeout", f"it hung: no step ended within {duration_text(limits.hard_seconds or 0)}"
@@ -140,7 +149,7 @@ def memory_limit(limit: int | None) -> Iterator[None]:
     """
     if limit is None:
         yield
-    elif torch.cuda.is_available() and torch.cuda.is_initialized():
+    elif torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         held, total = torch.cuda.memory_reserved(), torch.cuda.mem_get_info()[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, (held + limit) / total))
         try:
