@@ -1,4 +1,6 @@
-"""The linear recurrence with a matrix state and an additive update: RetNet, Mamba-2 and between.
+"""The linear recurrence with a matrix state and an additive update.
+
+Linear attention, RetNet, Mamba-2 and what stands between them.
 
 Per head, S_t = a_t S_{t-1} + k_t v_t^T and o_t = S_t^T q_t, with S of shape (K, V); what the layers
 of the literature add before and after it are the axes.
@@ -51,6 +53,9 @@ ROTARY_BASE = 10000.0
 SIGMOID_TEMPERATURE = 16.0
 """The decay of the `sigmoid` form is sigmoid(x)^(1/16), as in GLA (arXiv 2312.06635)."""
 
+LEAST_SUM = 1e-6
+"""The normaliser divides by this at least: features far below zero underflow."""
+
 
 @dataclass(frozen=True)
 class RecurrenceConfig:
@@ -67,6 +72,8 @@ class RecurrenceConfig:
     rotary: bool
     conv: int
     activation: str
+    feature: str
+    normaliser: bool
     skip: bool
     gate: str
     norm: str
@@ -82,6 +89,11 @@ class RecurrenceConfig:
         return self.inner + 2 * self.groups * self.key_dim
 
     @property
+    def columns(self) -> int:
+        """Columns of the state: the values and, for the normaliser, the sum of the keys."""
+        return self.value_dim + self.normaliser
+
+    @property
     def splits(self) -> list[int]:
         """Widths of gate, (v, k, q) and decay in the input projection."""
         gate = self.inner if self.gate != "none" else 0
@@ -89,7 +101,7 @@ class RecurrenceConfig:
 
     def cost(self, context: int, dtype: torch.dtype) -> Cost:
         projections = self.width * (sum(self.splits) + self.inner)
-        matrix = self.heads * self.key_dim * self.value_dim
+        matrix = self.heads * self.key_dim * self.columns
         params = (
             projections
             + short_conv_params(self.mixed, self.conv, bias=True)
@@ -136,16 +148,21 @@ class Recurrence(Operator):
         v, k, q = mixed.split([c.inner, keys, keys], dim=-1)
         v = v.unflatten(-1, (c.heads, c.value_dim))
         k, q = (t.unflatten(-1, (c.groups, c.key_dim)) for t in (k, q))
+        if c.feature == "elu+1":
+            # In bf16 the addition would cut every feature to multiples of 1/256.
+            q, k = ((F.elu(at_least_float32(t)) + 1).to(t.dtype) for t in (q, k))
         if c.rotary:
             q, k = rotate(q, k, start)
 
         written, log_decay, scale = v, None, None
+        if c.normaliser:
+            written = F.pad(v, (0, 1), value=1.0)
         if c.decay == "fixed":
             log_decay = fixed_log_decay(c.heads, x)
         elif self.dt is not None:
             # dt scales the keys; on the narrower values it gives the same product.
             dt, log_decay = self.dt(decay)
-            written, scale = (v * dt[..., None]).to(v.dtype), 1.0
+            written, scale = (written * dt[..., None]).to(v.dtype), 1.0
         elif c.decay_form == "sigmoid":
             decay = at_least_float32(decay) + self.decay_bias
             log_decay = F.logsigmoid(decay) / SIGMOID_TEMPERATURE
@@ -159,6 +176,8 @@ class Recurrence(Operator):
                 tensors.get("matrix"),
                 scale=scale,
             )
+        if c.normaliser:
+            o = o[..., :-1] / o[..., -1:].clamp_min(LEAST_SUM)
         if self.skip is not None:
             o = o + self.skip[:, None] * v
         y = self.out_proj(self.norm(o, z if c.gate != "none" else None).to(x.dtype))
@@ -173,7 +192,7 @@ class Recurrence(Operator):
         self, batch: int, context: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> State:
         c = self.config
-        shape = (batch, c.heads, c.key_dim, c.value_dim)
+        shape = (batch, c.heads, c.key_dim, c.columns)
         tensors = {"matrix": torch.zeros(shape, dtype=state_dtype(dtype), device=device)}
         if c.conv:
             tensors["conv"] = torch.zeros(batch, c.mixed, c.conv - 1, dtype=dtype, device=device)
@@ -216,6 +235,12 @@ def configure(site: Site, genes: Mapping[str, Gene]) -> RecurrenceConfig:
     rotary, decay = flag(genes, "rotary"), choice(genes, "decay")
     if rotary and key_dim % 2:
         raise GeneError(f"{name}: rotary turns pairs of channels; key_dim={key_dim} is odd")
+    feature, normaliser = choice(genes, "feature"), flag(genes, "normaliser")
+    if normaliser and (feature != "elu+1" or rotary):
+        raise GeneError(
+            f"{name}: the normaliser divides by a sum of products of queries and keys, which must "
+            "be positive: it needs feature=elu+1 and rotary=false"
+        )
     return RecurrenceConfig(
         width=site.width,
         heads=heads,
@@ -227,6 +252,8 @@ def configure(site: Site, genes: Mapping[str, Gene]) -> RecurrenceConfig:
         rotary=rotary,
         conv=whole(genes, "conv"),
         activation=choice(genes, "activation"),
+        feature=feature,
+        normaliser=normaliser,
         skip=flag(genes, "skip"),
         gate=choice(genes, "gate"),
         norm=choice(genes, "norm"),
@@ -236,8 +263,8 @@ def configure(site: Site, genes: Mapping[str, Gene]) -> RecurrenceConfig:
 RECURRENCE = Primitive(
     name="recurrence",
     kind="mixer",
-    summary="linear recurrence with a matrix state and a decay (RetNet, Mamba-2)",
-    source="RetNet (arXiv 2307.08621), Mamba-2 (arXiv 2405.21060)",
+    summary="linear recurrence with a matrix state (linear attention, RetNet, Mamba-2)",
+    source="arXiv 2006.16236 (linear attention), 2307.08621 (RetNet), 2405.21060 (Mamba-2)",
     liv=Liv("qkv with gate", "semi-separable", "none", "none", "grouped"),
     axes=(
         Axis(
@@ -301,6 +328,20 @@ RECURRENCE = Primitive(
             search=("none", "silu"),
         ),
         Axis(
+            "feature",
+            "none",
+            "feature map of queries and keys; elu+1 is positive (linear attention)",
+            options=("none", "elu+1"),
+            search=("none", "elu+1"),
+        ),
+        Axis(
+            "normaliser",
+            False,
+            "divide the read-out by the sum of its weights, which costs a column of the state",
+            options=(False, True),
+            search=(False,),
+        ),
+        Axis(
             "skip",
             False,
             "add the values, scaled per head, to the read-out (Mamba-2's D)",
@@ -326,6 +367,22 @@ RECURRENCE = Primitive(
     configure=configure,
     points=(
         Point(
+            "linear-attention",
+            {
+                "expand": 1.0,
+                "decay": "none",
+                "rotary": False,
+                "conv": 0,
+                "activation": "none",
+                "feature": "elu+1",
+                "normaliser": True,
+                "skip": False,
+                "gate": "none",
+                "norm": "none",
+            },
+            "linear attention (arXiv 2006.16236)",
+        ),
+        Point(
             "retnet",
             {
                 "expand": 2.0,
@@ -333,6 +390,8 @@ RECURRENCE = Primitive(
                 "rotary": True,
                 "conv": 0,
                 "activation": "none",
+                "feature": "none",
+                "normaliser": False,
                 "skip": False,
                 "gate": "silu",
                 "norm": "groupnorm",
@@ -351,6 +410,8 @@ RECURRENCE = Primitive(
                 "rotary": False,
                 "conv": 4,
                 "activation": "silu",
+                "feature": "none",
+                "normaliser": False,
                 "skip": True,
                 "gate": "silu",
                 "norm": "gated-rmsnorm",

@@ -173,6 +173,28 @@ def test_retnet_is_the_loop_of_the_paper(heads: int) -> None:
     assert error(ours(x)[0], y) < 1e-10
 
 
+def test_linear_attention_is_the_loop_of_the_paper() -> None:
+    """S and z of arXiv 2006.16236, eq. 18-20, with phi = elu + 1."""
+    ours = build("linear-attention").double()
+    c, length = ours.config, 21
+    x = tokens(length, torch.float64)
+    v, k, q = (t.view(2, length, 4, 16) for t in (x @ ours.in_proj.weight.T).split(64, -1))
+    q, k = (torch.where(t > 0, t + 1, torch.exp(t)) for t in (q, k))
+    S, z = x.new_zeros(2, 4, 16, 16), x.new_zeros(2, 4, 16)
+    o = []
+    for t in range(length):
+        S = S + k[:, t, :, :, None] * v[:, t, :, None, :]
+        z = z + k[:, t]
+        total = (q[:, t] * z).sum(-1, keepdim=True)
+        o.append((q[:, t, :, :, None] * S).sum(2) / total)
+    y = torch.stack(o, 1).flatten(2) @ ours.out_proj.weight.T
+    assert error(ours(x)[0], y) < 1e-10
+    _, state = ours(x, ours.init_state(2, length, x.dtype))
+    assert state is not None
+    assert error(state.tensors["matrix"], torch.cat((S, z[..., None]), -1)) < 1e-10
+    assert c.cost(9, torch.bfloat16).state_bytes == 4 * 16 * 17 * 4
+
+
 def test_sigmoid_decay_is_its_formula() -> None:
     """Scalar decay sigmoid(x)^(1/16), without gate and norm, as a sum over all pairs."""
     ours = build("recurrence", decay_form="sigmoid", gate="none", norm="none", heads=2).double()
@@ -274,6 +296,8 @@ def test_a_form_of_decay_that_is_not_there_makes_no_difference() -> None:
         ({"groups": 3}, "groups=3 does not divide the 4 heads"),
         ({"expand": 1.01}, "no whole number of channels"),
         ({"rotary": True, "key_dim": 15}, "key_dim=15 is odd"),
+        ({"normaliser": True}, "needs feature=elu\\+1 and rotary=false"),
+        ({"normaliser": True, "feature": "elu+1", "rotary": True}, "rotary=false"),
     ],
 )
 def test_what_does_not_divide_is_refused(genes: dict[str, Gene], sentence: str) -> None:
