@@ -18,7 +18,7 @@ from ..kernels.short_conv import short_conv
 from .base import Axis, Cost, Gene, GeneError, Liv, Operator, Point, Primitive, Site, State
 from .genes import choice, flag, number, whole
 from .keyvalues import KeyValues, capacity, extend, init_cache
-from .norm import RMSNORM_EPS
+from .norm import make_norm
 from .position import Rotary, alibi_slopes
 from .scores import attend
 
@@ -101,7 +101,7 @@ class _Common(nn.Module):
         # One product for queries, keys, values and the gate, in this order.
         self.entry = nn.Linear(config.width, entry, bias=config.bias)
         self.exit = nn.Linear(config.query_width, config.width, bias=config.bias)
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=RMSNORM_EPS) if config.qk_norm else None
+        self.q_norm = make_norm("rmsnorm", config.head_dim) if config.qk_norm else None
         rope = config.position == "rope"
         self.rotary = Rotary(config.head_dim, config.rope_theta) if rope else None
         slopes = torch.tensor(alibi_slopes(config.heads)) if config.position == "alibi" else None
@@ -133,7 +133,7 @@ class Attention(_Common, Operator):
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__(config)
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=RMSNORM_EPS) if config.qk_norm else None
+        self.k_norm = make_norm("rmsnorm", config.head_dim) if config.qk_norm else None
         self.taps: nn.Parameter | None = None
         if config.conv:
             self.taps = nn.Parameter(torch.empty(config.mixed_width, config.conv))

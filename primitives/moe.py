@@ -204,9 +204,16 @@ def product_form(choices: int, weight: Tensor) -> ProductForm:
 def _product(rows: Tensor, weight: Tensor, ends: Tensor, form: ProductForm) -> Tensor:
     """Rows (M, D) sorted by expert times their expert's weight (E, F, D); `ends` (E,) of int32."""
     if form == "grouped":
-        return F.grouped_mm(rows, weight.mT, offs=ends)
+        # Under torch.compile torch 2.13 knows the grouped product's shape in bf16 only.
+        grouped = F.grouped_mm if weight.dtype == torch.bfloat16 else _grouped_uncompiled
+        return grouped(rows, weight.mT, offs=ends)
     parts = rows.tensor_split(ends[:-1].tolist())
     return torch.cat([F.linear(part, w) for part, w in zip(parts, weight, strict=True)])
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _grouped_uncompiled(rows: Tensor, weight: Tensor, *, offs: Tensor) -> Tensor:
+    return F.grouped_mm(rows, weight, offs=offs)
 
 
 def _uniform(*shape: int) -> Tensor:

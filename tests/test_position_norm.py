@@ -125,6 +125,22 @@ def test_norms(kind: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(norm(x).double(), y, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("shape", [(3, 24), (2, 5, 24), (2, 3, 4, 24)], ids=str)
+def test_rmsnorms_gradients_are_torchs(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    ours, theirs = make_norm("rmsnorm", 24).double(), nn.RMSNorm(24, eps=1e-6).double()
+    nn.init.normal_(theirs.weight)
+    ours.load_state_dict(theirs.state_dict())
+    x, weight = torch.randn(2, *shape, dtype=torch.float64)
+    x[0] = 0.0
+    got = []
+    for norm in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        (norm(leaf) * weight).sum().backward()
+        got.append((leaf.grad, norm.weight.grad))
+    torch.testing.assert_close(got[0], got[1])
+
+
 def test_rmsnorm_is_llamas() -> None:
     torch.manual_seed(0)
     theirs, ours, x = llama.LlamaRMSNorm(24), make_norm("rmsnorm", 24), torch.randn(2, 3, 24)
