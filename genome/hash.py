@@ -49,7 +49,7 @@ class _Sharing:
     """Operators by node with their colours, and the groups that they share in.
 
     A colour says all that is known of an operator beside its slot; operators of one slot with equal
-    colours may change places.
+    colours may change places. Who lends and who borrows, the configs say.
     """
 
     def __init__(self, made: nx.DiGraph[str]) -> None:
@@ -76,7 +76,7 @@ class _Sharing:
                 for key, members in self.groups.items()
             }
             for node, keys in self.of.items():
-                shared = sorted((key[0], key[1] == node, groups[key]) for key in keys)
+                shared = sorted((key[0], groups[key]) for key in keys)
                 self.colours[node] = _digest((self.colours[node], shared))
 
     def classes(self) -> set[tuple[int, str]]:

@@ -71,6 +71,9 @@ def violations(genome: Genome) -> list[Violation]:
             JOIN.check(slot.join)
         except GeneError as error:
             found.append(Violation("slot", f"slot {i}", str(error)))
+    if any(violation.rule == "header" for violation in found):
+        # Operators are judged at a width and a position; without them nothing can be said.
+        return found
     placed: dict[Place, tuple[Op, Site, Config]] = {}
     has_mixer = False
     for i, (slot, row) in enumerate(zip(genome.slots, sites(genome), strict=True)):

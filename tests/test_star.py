@@ -86,15 +86,15 @@ def test_a_point_under_another_name_is_the_same_class() -> None:
         (
             "81111",
             (
-                "LIV 0: this version has no operator for class 8 (GConv-2), a gated long convolution "
-                "with an implicit filter"
+                "LIV 0: this version has no operator for class 8 (GConv-2), a gated long "
+                "convolution with an implicit filter"
             ),
         ),
         (
             "11111-14.1.1.1.1",
             (
-                "LIV 1: this version has no operator for class 14 (Rec-1-Diff), the difference of two "
-                "parallel copies"
+                "LIV 1: this version has no operator for class 14 (Rec-1-Diff), the difference "
+                "of two parallel copies"
             ),
         ),
         (
@@ -123,8 +123,8 @@ def test_mistakes(text: str, sentence: str) -> None:
         (
             "mha > mha(heads=2, weights=@a)",
             (
-                "slot 1: mha(heads=2) is not in STAR's alphabet, which has mha, mha(conv=3), gqa, mqa, "
-                "mamba2(key_dim=16), mamba2(key_dim=2), lfm2-conv, swiglu"
+                "slot 1: mha(heads=2) is not in STAR's alphabet, which has mha, mha(conv=3), gqa, "
+                "mqa, mamba2(key_dim=16), mamba2(key_dim=2), lfm2-conv, swiglu"
             ),
         ),
     ],
