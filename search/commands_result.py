@@ -15,9 +15,12 @@ from .records import TrialRecord
 from .report import FILE, broken, write_report
 from .run import RunView
 from .source import find_genome, find_run
-from .terminal import Mistake, print_json, print_table, say
+from .terminal import Mistake, console, print_hanging, print_json, print_table, say
 
 app = typer.Typer()
+
+WIDE = 130
+"""Columns from which genomes stand in the table; else they follow it, a line each."""
 
 RUN = "A run's folder, or its name under ./runs."
 
@@ -113,6 +116,7 @@ def _name(trial: TrialRecord) -> str:
 
 def _table(found: Outcome, trials: Sequence[TrialRecord], title: str) -> None:
     labels = [label_text(g) for g in found.goals]
+    wide = console().width >= WIDE
     rows, styles = [], []
     for t in trials:
         kind = f"baseline {t.baseline}" if t.baseline else "found"
@@ -120,18 +124,20 @@ def _table(found: Outcome, trials: Sequence[TrialRecord], title: str) -> None:
             kind += ", knee"
         if not t.values:
             kind += f" ({t.state})"
-        rows.append(
-            [str(t.number), kind, *(shown_value(t, g) or "-" for g in found.goals), t.notation]
-        )
+        values = [shown_value(t, g) or "-" for g in found.goals]
+        rows.append([str(t.number), kind, *values, *([t.notation] if wide else [])])
         styles.append("yellow" if t.baseline else "bold" if t.number == found.knee else None)
     print_table(
-        ["trial", "design", *labels, "genome"],
+        ["trial", "design", *labels, *(["genome"] if wide else [])],
         rows,
         right=["trial", *labels],
         fold=["design", "genome"],
         styles=styles,
         title=title,
     )
+    if not wide:
+        print_hanging([(str(t.number), t.notation) for t in trials])
+        say()
 
 
 @app.command(

@@ -1,16 +1,18 @@
-"""Commands that prepare: doctor and init."""
+"""Commands that prepare and prove: doctor, init, verify-genomes."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..genome.check import TOLERANCE, Disagreement, disagreements
 from .commands_look import AsJson, examples
 from .doctor import examine
 from .template import write_template
-from .terminal import print_json, print_table, say
+from .terminal import console, print_json, print_table, say, warn
 
 app = typer.Typer()
 
@@ -53,3 +55,46 @@ def init(
     """Write a commented study to start from; nothing is overwritten."""
     written = write_template(path)
     say(f"Wrote {written}. Look at it, then: mendel search {written} --dry-run")
+
+
+@app.command(
+    name="verify-genomes",
+    epilog=examples("mendel verify-genomes", "mendel verify-genomes --count 10000 --seed 1"),
+)
+def verify_genomes(
+    count: Annotated[int, typer.Option(min=1, help="Random genomes to try.")] = 300,
+    seed: Annotated[int, typer.Option(min=0, help="Where the genomes are drawn from.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Check that random genomes give the same logits in parallel and step by step (to 1e-5).
+
+    Exit code 1 where one does not.
+    """
+    wrong: list[Disagreement] = []
+    rounded = 0
+    screen = console(stderr=True)
+    with screen.status("", spinner="line") as status:
+        for i, found in enumerate(disagreements(count, seed)):
+            if found is not None and found.is_rounding:
+                rounded += 1
+            elif found is not None:
+                wrong.append(found)
+                warn(f"{found.notation}: differs by {found.difference:.3g} (seed {found.seed})")
+            status.update(f"{i + 1} of {count} genomes, {len(wrong)} disagree")
+    if as_json:
+        print_json(
+            {
+                "count": count,
+                "seed": seed,
+                "tolerance": TOLERANCE,
+                "rounding": rounded,
+                "disagree": [asdict(found) for found in wrong],
+            }
+        )
+    else:
+        say(
+            f"{count - len(wrong)} of {count} genomes agree to {TOLERANCE:g} in float32"
+            + (f"; {rounded} of them only in float64, which shows rounding" if rounded else "")
+        )
+    if wrong:
+        raise typer.Exit(1)

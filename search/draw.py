@@ -15,6 +15,7 @@ from .units import bytes_text, count_text
 LEAST_WIDTH, MOST_WIDTH = 60, 110
 GUTTER = 10
 """Columns for slot numbers and the bracket of a repeat."""
+MOST_BOXES = 48
 RAIL = 2
 """Columns for one sharing group."""
 MOST_RAILS = 5
@@ -88,7 +89,7 @@ def drawing(content: Outline, width: int = 80, unicode: bool = True) -> list[Tex
     width = max(LEAST_WIDTH, min(width, MOST_WIDTH))
     rails = [link for link in content.links if len(link.places) > 1][:MOST_RAILS]
     layout = _layout(width, len(rails))
-    canvas = Canvas(width)
+    canvas = Canvas(layout.width)
     _column_heads(canvas, layout)
     genome = content.genome
     _end_box(canvas, layout, f"embedding {genome.vocab} × {genome.width}", True)
@@ -116,7 +117,8 @@ def _layout(width: int, rails: int) -> _Layout:
     while True:
         boxes = width - GUTTER - sum(_COLUMNS[c] for c in columns) - RAIL * rails - (rails > 0)
         if boxes >= 26 or len(columns) == 1:
-            return _Layout(width, GUTTER, min(boxes, 48), tuple(columns))
+            spare = max(0, boxes - MOST_BOXES)
+            return _Layout(width - spare, GUTTER, boxes - spare, tuple(columns))
         columns.pop()
 
 

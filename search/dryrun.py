@@ -21,7 +21,7 @@ from ..proxies.train import Training
 from .evaluate import resolve_device
 from .objectives import cheap_values
 from .study import Study
-from .terminal import print_table, say
+from .terminal import print_hanging, print_table, say
 from .units import count_text, duration_text, value_text
 
 SAMPLES = 5
@@ -146,27 +146,28 @@ def print_dry_run(found: dict[str, Any]) -> None:
     )
     guess = found["time"]
     say(
-        f"time       about {duration_text(guess['seconds'])} with {guess['workers']} workers on "
+        f"time       about {duration_text(guess['seconds'])} with {guess['workers']} "
+        f"worker{'' if guess['workers'] == 1 else 's'} on "
         f"{guess['device']}, from a few timed steps"
     )
     say()
-    labels = list(found["samples"][0]["values"])
-    rows = [("sample", s) for s in found["samples"]] + [(b["name"], b) for b in found["baselines"]]
+    labels = [label for label in found["samples"][0]["values"] if label != "params"]
+    rows = [(f"sample {i + 1}", s) for i, s in enumerate(found["samples"])]
+    rows += [(b["name"], b) for b in found["baselines"]]
     print_table(
-        ["design", "params", *labels, "genome"],
+        ["design", "parameters", *labels],
         [
             [
                 name,
                 count_text(row["params"]),
                 *(_shown(label, row["values"][label]) for label in labels),
-                row["notation"],
             ]
             for name, row in rows
         ],
-        right=["params", *labels],
-        fold=["genome"],
-        styles=[None if name == "sample" else "yellow" for name, _ in rows],
+        right=["parameters", *labels],
+        styles=[None] * len(found["samples"]) + ["yellow"] * len(found["baselines"]),
     )
+    print_hanging([(name, row["notation"]) for name, row in rows])
     say("Nothing was written.")
 
 

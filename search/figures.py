@@ -8,7 +8,7 @@ and on near-black pages.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 from .front import Outcome, label_text, measurement, shown_value
 from .objectives import Goal
 from .records import TrialRecord
-from .units import bytes_text, count_text
+from .units import bytes_text, count_text, value_text
 
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
 INK = "#7b8494"
@@ -51,8 +51,8 @@ def front_figure(found: Outcome, x: Goal, y: Goal) -> go.Figure:
     }
     everyone = [t for trials in shown.values() for t in trials]
     figure = go.Figure(layout=_layout())
-    _axis(figure, "x", x, [t.values[x.label] for t in everyone])
-    _axis(figure, "y", y, [t.values[y.label] for t in everyone])
+    _axis(figure, "x", x, [v for t in everyone for v in _extent(t, x)])
+    _axis(figure, "y", y, [v for t in everyone for v in _extent(t, y)])
     line = _staircase(list(found.front), x, y)
     if line:
         figure.add_trace(
@@ -86,6 +86,12 @@ def _grouped(found: Outcome) -> dict[str, list[TrialRecord]]:
 
 def _is_shown(trial: TrialRecord, goal: Goal) -> bool:
     return math.isfinite(trial.values.get(goal.label, math.nan))
+
+
+def _extent(trial: TrialRecord, goal: Goal) -> list[float]:
+    """The value and, where it was measured, the ends of its error bar."""
+    found = measurement(trial, goal.label)
+    return [trial.values[goal.label], *((found.low, found.high) if found else ())]
 
 
 def _points(
@@ -286,12 +292,14 @@ def hypervolume_figure(found: Outcome) -> go.Figure:
 
 
 def curves_figure(
-    curves: Mapping[str, Sequence[Mapping[str, float]]], key: str, label: str
+    curves: Mapping[str, Sequence[Mapping[str, float]]],
+    key: str,
+    label: str,
+    dashed: Collection[str] = (),
 ) -> go.Figure:
     """One line per name over training steps; rows hold `step` and maybe `key`."""
     figure = go.Figure(layout=_layout())
     palette = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, "#56B4E9", INK)
-    dashes = ("solid", "dash", "dot", "dashdot")
     for i, (name, rows) in enumerate(curves.items()):
         kept = [row for row in rows if key in row]
         figure.add_trace(
@@ -302,8 +310,7 @@ def curves_figure(
                 mode="lines",
                 line={
                     "color": palette[i % len(palette)],
-                    # A second round through the colours is dashed.
-                    "dash": dashes[(i // len(palette)) % len(dashes)],
+                    "dash": "dash" if name in dashed else "solid",
                     "width": 1.8,
                 },
             )
@@ -328,9 +335,21 @@ def _layout() -> dict[str, Any]:
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"family": "system-ui, sans-serif", "size": 13, "color": INK},
-        "margin": {"l": 70, "r": 20, "t": 20, "b": 60},
-        "height": 540,
-        "legend": {"orientation": "h", "y": -0.16, "x": 0, "font": {"size": 12}},
+        "margin": {"l": 70, "r": 20, "t": 60, "b": 60},
+        "height": 560,
+        "legend": {
+            "orientation": "h",
+            "y": 1.02,
+            "yanchor": "bottom",
+            "x": 0,
+            "font": {"size": 12},
+        },
+        "modebar": {
+            "bgcolor": "rgba(0,0,0,0)",
+            "color": INK,
+            "activecolor": BLUE,
+            "orientation": "v",
+        },
         "hoverlabel": {"align": "left"},
         "xaxis": dict(axis),
         "yaxis": dict(axis),
@@ -340,7 +359,9 @@ def _layout() -> dict[str, Any]:
 def _axis(figure: go.Figure, which: str, goal: Goal, values: Sequence[float]) -> None:
     """Title, range and ticks of an axis, in the objective's own unit."""
     unit = goal.objective.unit
-    title = escape(label_text(goal)) + ("" if unit in ("score", "bytes") else f" ({escape(unit)})")
+    title = escape(label_text(goal)) + (
+        "" if unit in ("score", "bytes", "s") else f" ({escape(unit)})"
+    )
     update: dict[str, Any] = {"title_text": title}
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     if unit != "score" and low > 0 and high / low >= LOG_SPAN:
@@ -356,6 +377,8 @@ def _axis(figure: go.Figure, which: str, goal: Goal, values: Sequence[float]) ->
     update["range"] = list(span)
     if unit == "bytes":
         update["tickvals"], update["ticktext"] = ticks, [bytes_text(v) for v in ticks]
+    elif unit == "s":
+        update["tickvals"], update["ticktext"] = ticks, [value_text(v, unit) for v in ticks]
     elif unit in ("parameters", "FLOPs", "tokens/s"):
         update["tickvals"], update["ticktext"] = ticks, [count_text(v) for v in ticks]
     figure.update_layout({f"{which}axis": update})

@@ -123,7 +123,11 @@ def shown_value(trial: TrialRecord, goal: Goal) -> str:
     found = measurement(trial, goal.label)
     if found is not None and found.high > found.low:
         low, high = (value_text(v, goal.objective.unit) for v in (found.low, found.high))
-        return text if low == high else f"{text} ({low} to {high})"
+        if low == high:
+            return text
+        # A unit that both ends share stands once.
+        number, _, unit = low.partition(" ")
+        return f"{text} ({number if high.endswith(f' {unit}') else low} to {high})"
     return text
 
 

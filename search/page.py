@@ -27,8 +27,10 @@ p{margin:8px 0 12px;max-width:75ch}
 .wrap{overflow-x:auto;margin:10px 0 18px}
 table{border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums}
 caption{text-align:left;color:var(--faint);padding-bottom:6px}
-th,td{padding:5px 14px 5px 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
+th,td{padding:5px 18px 5px 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 th{font-weight:600;white-space:nowrap}
+td:first-child{white-space:nowrap}
+.facts td:first-child{white-space:normal}
 td.n,th.n{text-align:right;white-space:nowrap}
 tr.base td:first-child{color:var(--base);font-weight:600}
 tr.mark td:first-child{color:var(--accent);font-weight:600}
@@ -126,8 +128,10 @@ def table(
     roles: Sequence[str] | None = None,
     code: Sequence[str] = (),
     caption: str = "",
+    role: str = "",
 ) -> str:
-    """A table with escaped cells: `numbers` and `code` name columns, `roles` one class per row."""
+    """A table with escaped cells: `numbers` and `code` name columns, `roles` one class per
+    row, `role` the table's."""
     kinds = ["n" if name in numbers else "" for name in columns]
     head = "".join(
         f'<th scope="col"{_class(kind)}>{escape(name)}</th>'
@@ -142,7 +146,7 @@ def table(
         body.append(f"<tr{_class(roles[i] if roles else '')}>{''.join(cells)}</tr>")
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
     return (
-        f'<div class="wrap"><table>{title}<thead><tr>{head}</tr></thead>'
+        f'<div class="wrap"><table{_class(role)}>{title}<thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 

@@ -69,8 +69,8 @@ def picture(content: Outline, title: str) -> str:
     genome = content.genome
     links = [link for link in content.links if len(link.places) > 1]
     numbers = _LEFT + _BOXES + 14 + 12 * len(links)
-    width = numbers + 210
-    for offset, label in ((58, "params"), (120, "cache"), (210, "FLOPs/token")):
+    width = numbers + 226
+    for offset, label in ((58, "params"), (134, "cache"), (226, "FLOPs/token")):
         sheet.text(numbers + offset, 13, label, "head", "end")
     sheet.y = 22
     _end(sheet, f"embedding {genome.vocab} × {genome.width}")
@@ -88,7 +88,7 @@ def picture(content: Outline, title: str) -> str:
         _rail(sheet, link, places, _LEFT + _BOXES + 12 * (k + 1))
     total = content.cost.total
     sheet.y += 12
-    sheet.path([(numbers, sheet.y), (numbers + 210, sheet.y)], "stem")
+    sheet.path([(numbers, sheet.y), (numbers + 226, sheet.y)], "stem")
     sheet.y += 18
     sheet.text(_LEFT, sheet.y, "whole model", "name", "start")
     _numbers(sheet, numbers, sheet.y, total.params, total.state_bytes, total.flops_per_token)
@@ -124,8 +124,8 @@ def _numbers(
 ) -> None:
     shown = (
         (58, count_text(params) if params else "·"),
-        (120, bytes_text(state_bytes) if state_bytes else "·"),
-        (210, count_text(flops) if flops else "·"),
+        (134, bytes_text(state_bytes) if state_bytes else "·"),
+        (226, count_text(flops) if flops else "·"),
     )
     for offset, text in shown:
         sheet.text(x + offset, y, text, "small", "end")

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..genome.cost import DEFAULT_CONTEXT, ModelCost, cost
+from ..genome.cost import DEFAULT_CONTEXT, cost
 from ..genome.files import from_dict
 from ..primitives.base import DTYPES
 from .figures import curves_figure, front_figure, hypervolume_figure
@@ -21,12 +21,14 @@ from .picture import picture
 from .records import TrialRecord
 from .run import RunView
 from .store import write_text
-from .units import bytes_text, count_text, duration_text
+from .units import duration_text
 
 FILE = "report.html"
 MOST_WINNERS = 8
 """Members of the front that are drawn; the others stand in the table."""
 MOST_CURVES = 14
+_SAME = ("score", "accuracy")
+"""Metrics that the score repeats."""
 
 
 def write_report(run: RunView, path: Path | None = None) -> Path:
@@ -70,13 +72,13 @@ def summary(run: RunView, found: Outcome) -> list[str]:
     sentences = [first]
     if not found.front:
         return [*sentences, "No trial was trained to the end, so there is no front yet."]
-    own = [t for t in found.front if t.baseline is None]
-    beaten = [t for t in found.baselines if t in found.dominated]
+    own = sum(t.baseline is None for t in found.front)
+    beaten = [_who(t) for t in found.baselines if t in found.dominated]
     sentences.append(
-        f"{_many(len(found.front), 'design')} {'is' if len(found.front) == 1 else 'are'} beaten by "
-        f"no other in every objective; {len(own)} of them the search found. "
-        f"{_many(len(beaten), 'baseline')} of {len(found.baselines)} "
-        f"{'is' if len(beaten) == 1 else 'are'} dominated."
+        f"{_many(len(found.front), 'design')} {'stands' if len(found.front) == 1 else 'stand'} on "
+        f"the Pareto front: {own} found by the search and "
+        f"{_many(len(found.front) - own, 'baseline')}. "
+        + (f"Dominated by it: {_names(beaten)}." if beaten else "No baseline is dominated by it.")
     )
     for goal in found.goals:
         best = min(found.complete, key=lambda t: (goal.loss(t.values[goal.label]), t.number))
@@ -230,7 +232,7 @@ def _winners(page: Page, run: RunView, found: Outcome) -> None:
             '<div class="split">',
             picture(outline(genome, counted), f"architecture of trial {trial.number}"),
             "<div>",
-            _facts(run, trial, found, counted, context, dtype),
+            _facts(run, trial, found, context, dtype),
             "</div></div></div>",
         )
     if len(own) > MOST_WINNERS:
@@ -247,43 +249,26 @@ def _context(goals: Sequence[Goal]) -> tuple[int, str]:
     return DEFAULT_CONTEXT, "bf16"
 
 
-def _facts(
-    run: RunView,
-    trial: TrialRecord,
-    found: Outcome,
-    counted: ModelCost,
-    context: int,
-    dtype: str,
-) -> str:
-    total = counted.total
+def _facts(run: RunView, trial: TrialRecord, found: Outcome, context: int, dtype: str) -> str:
     last = trial.rungs[-1]
     rows = [[label_text(g), shown_value(trial, g)] for g in found.goals]
-    rows += [
-        ["parameters", count_text(total.params)],
-        ["active for one token", count_text(total.active_params)],
-        ["FLOPs per token", count_text(total.flops_per_token)],
-        [f"cache at {context:,} tokens, {dtype}", bytes_text(total.state_bytes)],
-    ]
     for proxy, scores in last.scores.items():
-        rows.append([f"{proxy}: score", f"{scores['score']:.4f}"])
-        rows += [
-            [f"{proxy}: {k.replace('_', ' ')}", f"{v:.4g}"]
-            for k, v in scores.items()
-            if k not in ("score", "accuracy")
-        ]
-        rows.append([f"{proxy}: steps", f"{last.steps.get(proxy, 0):,}"])
+        others = [f"{k.replace('_', ' ')} {v:.4g}" for k, v in scores.items() if k not in _SAME]
+        steps = f"after {last.steps.get(proxy, 0):,} steps"
+        rows.append([proxy, "; ".join([f"score {scores['score']:.4f} {steps}", *others])])
     for name, m in last.measurements.items():
         conditions = ", ".join(f"{k} {v}" for k, v in m.conditions.items() if k != "versions")
         rows.append([f"{name}: measured with", f"{m.repeats} repeats; {conditions}"])
     parents = ", ".join(f"trial {p}" for p in trial.parents) or "none"
     rows += [
+        ["cache drawn at", f"{context:,} tokens, {dtype}"],
         ["came about by", trial.variation],
         ["parents", parents],
         ["trained for", duration_text(sum(r.seconds for r in trial.rungs))],
         ["hash", trial.hash[:16]],
         ["take it along", f"mendel export {run.folder}:{trial.number} --out winner"],
     ]
-    return table(["", "value"], rows)
+    return table(["", "value"], rows, role="facts")
 
 
 def _curves(page: Page, run: RunView, found: Outcome) -> None:
@@ -292,14 +277,22 @@ def _curves(page: Page, run: RunView, found: Outcome) -> None:
     if not any(curves.values()):
         return
     page.add(text("h2", "Learning curves"))
-    page.add(text("p", "Training loss of the front and the baselines, in nats per target.", "note"))
+    page.add(
+        text(
+            "p",
+            "Training loss of the front and of the baselines (dashed), in nats per target.",
+            "note",
+        )
+    )
     for proxy in run.study.proxies:
         lines = {_who(t): curves[t.number][proxy] for t in chosen if proxy in curves[t.number]}
         if not lines:
             continue
         page.add(text("h3", proxy))
         page.figure(
-            curves_figure(lines, "loss", "training loss"),
+            curves_figure(
+                lines, "loss", "training loss", {_who(t) for t in chosen if t.baseline is not None}
+            ),
             f"Training loss over steps on {proxy}; the table has the last values.",
         )
         rows = []

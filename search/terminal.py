@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-PLAIN_WIDTH = 100
+PLAIN_WIDTH = 80
 """Columns when the output is no terminal and COLUMNS is not set."""
 
 _ASCII = str.maketrans(
@@ -117,4 +117,15 @@ def print_table(
     for i, row in enumerate(rows):
         style = styles[i] if styles is not None else None
         table.add_row(*(Text(plain(cell)) for cell in row), style=style)
+    console().print(table)
+
+
+def print_hanging(lines: Sequence[tuple[str, str]]) -> None:
+    """Lines of a short label and a long text, which hangs beside its label when it breaks."""
+    width = max((len(label) for label, _ in lines), default=0)
+    table = Table.grid(padding=(0, 2))
+    table.add_column(justify="right", min_width=width, no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in lines:
+        table.add_row(Text(plain(label), style="dim"), Text(plain(text)))
     console().print(table)
