@@ -8,16 +8,26 @@ chosen backend cannot serve raises `Unsupported`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Literal, cast
 
 import torch
+from torch import Tensor
 
 Backend = Literal["definition", "chunked", "triton"]
 
 OPS = ("matrix_state", "delta_rule", "diagonal_scan", "short_conv")
+
+TRITON_FORMS: dict[str, tuple[str | None, ...]] = {
+    "matrix_state": ("none", "fixed", "scalar"),
+}
+"""The operators and their forms that have Triton kernels, in `triton_<operator>.py`."""
+
+HAS_TRITON = find_spec("triton") is not None
 
 _pinned: ContextVar[Backend | None] = ContextVar("mendel_backend", default=None)
 
@@ -26,10 +36,9 @@ class Unsupported(ValueError):
     """A backend does not serve a case. The message says why, and which backends do serve it."""
 
     def __init__(self, op: str, backend: Backend, reason: str, others: tuple[Backend, ...]) -> None:
-        served = " and ".join(others)
         super().__init__(
-            f"{op}: the {backend} backend does not serve this case: {reason}; {served} "
-            f"{'do' if len(others) > 1 else 'does'} (use_backend({others[-1]!r}))"
+            f"{op}: the {backend} backend does not serve this case: {reason}; "
+            f"{' and '.join(others)} do (use_backend({others[-1]!r}))"
         )
         self.op = op
         self.backend = backend
@@ -38,32 +47,42 @@ class Unsupported(ValueError):
 
 
 def backends(op: str, form: str | None = None) -> tuple[Backend, ...]:
-    """The backends that an operator (in one of its forms) has, on some device."""
+    """The backends that an operator, in one of its forms, has here on some device."""
     if op not in OPS:
         raise ValueError(f"no operator is named {op!r}; there are {', '.join(OPS)}")
+    if HAS_TRITON and form in TRITON_FORMS.get(op, ()):
+        return ("definition", "chunked", "triton")
     return ("definition", "chunked")
 
 
 def choose(op: str, device: torch.device | str, form: str | None = None) -> Backend:
     """The backend for a call: the pinned one, or the device's default.
 
-    `form` names a case of the operator that has kernels of its own; for `matrix_state` the kind of
-    decay (none, fixed, scalar, vector). Raises `Unsupported` where a pinned backend does not exist
-    for the operator.
+    The default is `triton` on a CUDA device for the forms that have kernels, else `chunked`.
+    `form` names a case of the operator; for `matrix_state` the kind of decay (none, fixed, scalar,
+    vector). Raises `Unsupported` where a pinned backend does not exist for the form.
     """
     there = backends(op, form)
     pinned = _pinned.get()
     if pinned is None:
-        return "chunked"
+        on_cuda = torch.device(device).type == "cuda"
+        return "triton" if on_cuda and "triton" in there else "chunked"
     if pinned not in there:
-        name = op if form is None else f"{op} ({form})"
-        raise Unsupported(name, pinned, "it has no kernel", there)
+        name = op if form is None else f"{op} with decay {form}"
+        reason = "it has no kernel" if HAS_TRITON else "Triton is not installed"
+        raise Unsupported(name, pinned, reason, there)
     return pinned
 
 
 def current(op: str, device: torch.device | str, form: str | None = None) -> Backend:
     """The backend that a call would use now: what a measurement writes down."""
     return choose(op, device, form)
+
+
+def kernels(op: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The entry into an operator's Triton kernels: the only place that imports Triton."""
+    module = import_module(f".triton_{op}", __package__)
+    return cast(Callable[..., tuple[Tensor, Tensor]], getattr(module, op))
 
 
 @contextmanager

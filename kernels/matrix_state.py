@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import definitions
-from .backend import choose
+from .backend import choose, kernels
 from .chunks import Cut, carry, causal_exp, prefix_sums
 from .definitions import accumulator
 from .letters import BHKV, BTH, BTHK, BTHV, H
@@ -63,6 +63,8 @@ def matrix_state(
     backend = choose("matrix_state", q.device, form)
     if backend == "definition":
         return definitions.matrix_state(q, k, v, log_decay, state, scale)
+    if backend == "triton":
+        return kernels("matrix_state")(q, k, v, log_decay, state, scale)
     if q.shape[1] == 1:
         return _step(q, k, v, log_decay, state, scale)
     return _chunked(q, k, v, log_decay, state, scale, form)

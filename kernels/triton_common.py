@@ -1,0 +1,105 @@
+"""What the Triton kernels share. Imported only by them, so only where Triton is installed.
+
+The kernels are marked `no_type_check`: Triton compiles their source, in which a name is a tensor on
+the device or a constant, and neither a type checker nor jaxtyping's hook should touch it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from .backend import Backend, Unsupported
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST = 256
+SMALLEST_TILE = 16
+"""The smallest side of a tile that a tensor core multiplies."""
+LARGEST_TILE = 64
+
+DOT = tl.constexpr("tf32x3")
+"""How float32 tiles are multiplied: as three TF32 products, on tensor cores, with float32's digits
+but for the last. TF32 alone has three digits; `ieee` compiles into minutes of scalar code."""
+
+OTHERS: tuple[Backend, ...] = ("definition", "chunked")
+
+
+def refuse(op: str, reason: str) -> Unsupported:
+    """The error for a case that the kernels of `op` do not serve."""
+    return Unsupported(op, "triton", reason, OTHERS)
+
+
+def common_dtype(op: str, *tensors: Tensor) -> torch.dtype:
+    """The dtype in which the kernels multiply: the widest of the inputs'."""
+    dtype = tensors[0].dtype
+    for t in tensors[1:]:
+        dtype = torch.promote_types(dtype, t.dtype)
+    if dtype not in DTYPES:
+        raise refuse(op, f"inputs are float32, bfloat16 or float16, not {str(dtype)[6:]}")
+    return dtype
+
+
+def check_width(op: str, **widths: int) -> None:
+    for name, width in widths.items():
+        if width > WIDEST:
+            raise refuse(op, f"{name} is at most {WIDEST}, not {width}")
+
+
+def check_device(op: str, tensor: Tensor) -> None:
+    """Triton's interpreter (TRITON_INTERPRET=1) takes tensors of the CPU, a compiler does not."""
+    if not tensor.is_cuda and not triton.knobs.runtime.interpret:
+        raise refuse(op, f"tensors are on a CUDA device, not on {tensor.device}")
+
+
+def tile(width: int) -> int:
+    """The side of the tiles that cover `width`, a power of two from 16 to 64."""
+    return min(LARGEST_TILE, max(SMALLEST_TILE, 1 << (width - 1).bit_length()))
+
+
+@contextmanager
+def on_device_of(tensor: Tensor) -> Iterator[None]:
+    """Launch on the tensor's device, which need not be the current one."""
+    if tensor.is_cuda:
+        with torch.cuda.device(tensor.device):
+            yield
+    else:
+        yield
+
+
+def chunk_prefix(log_decay: Tensor, tokens: int, size: int) -> Tensor:
+    """Sums of g from each chunk's start, (2, B or 1, H, N * C): float32 and what it rounds off.
+
+    Two float32 hold what one float64 does, at the price of two subtractions: after a token that
+    forgets everything the small decays that follow keep their digits (`chunks.prefix_sums`).
+    """
+    if log_decay.ndim == 1:
+        log_decay = log_decay.expand(1, tokens, -1)
+    g = log_decay.double().mT
+    g = F.pad(g, (0, -tokens % size)).view(*g.shape[:2], -1, size).cumsum(dim=-1).flatten(2)
+    high = g.float()
+    return torch.stack((high, (g - high).float()))
+
+
+def decay_gradient(dprefix: Tensor, log_decay: Tensor, tokens: int, size: int) -> Tensor:
+    """The gradient of g from that of its prefix sums, (B, H, N * C): sums from the chunk's end."""
+    parts = dprefix.double().view(*dprefix.shape[:2], -1, size)
+    dg = parts.flip(-1).cumsum(dim=-1).flip(-1).flatten(2)[..., :tokens]
+    dg = dg.sum(dim=(0, 2)) if log_decay.ndim == 1 else dg.mT
+    return dg.to(log_decay.dtype)
+
+
+@triton.jit
+@no_type_check
+def decay_between(high, low, C: tl.constexpr):
+    """exp(G_i - G_j) where j <= i, else 0, from the two parts of G, (C,) each."""
+    place = tl.arange(0, C)
+    difference = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
+    # The mask comes before exp, which would overflow above the diagonal.
+    return tl.exp(tl.where(place[:, None] >= place[None, :], difference, float("-inf")))
