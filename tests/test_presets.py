@@ -39,10 +39,21 @@ def test_every_preset_says_what_it_is_and_is_valid(name: str) -> None:
 
 def test_the_motif_repeats_and_is_cut() -> None:
     assert show(presets.load("transformer++", depth=5)) == "{width=64} [mha > swiglu]*2 > mha"
-    assert show(presets.load("striped", 128, 6)) == (
-        "{width=128} mamba2 > swiglu > mha > swiglu > mamba2 > swiglu"
+    assert show(presets.load("striped", 1024, 6)) == (
+        "{width=1024} mamba2 > swiglu > mha > swiglu > mamba2 > swiglu"
     )
-    assert show(presets.load("mamba2", depth=3)) == "{width=64, position=none} mamba2*3"
+    assert show(presets.load("mamba2", 512, 3)) == "{width=512, position=none} mamba2*3"
+
+
+def test_small_widths_take_the_small_motif() -> None:
+    for name in presets.names():
+        small = presets.describe(name).small
+        if small is not None:
+            assert show(presets.load(name, small["below"])) != show(
+                presets.load(name, small["below"] - 1)
+            )
+    assert "key_dim=32" in show(presets.load("mamba2", 64))
+    assert "key_dim" not in show(presets.load("mamba2", 512))
 
 
 def test_the_hybrids_are_hybrids_at_six_slots() -> None:

@@ -32,6 +32,14 @@ class Preset:
     """The notation of the slots that repeat."""
     depth: int
     header: dict[str, Gene]
+    small: dict[str, Any] | None = None
+    """`motif` replaces the preset's at widths under `below`, where the published states and numbers
+    of experts would outweigh everything else."""
+
+    def motif_at(self, width: int) -> str:
+        if self.small is not None and width < self.small["below"]:
+            return str(self.small["motif"])
+        return self.motif
 
 
 def names() -> list[str]:
@@ -47,7 +55,7 @@ def describe(name: str) -> Preset:
         )
     text = (_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
     data: dict[str, Any] = yaml.safe_load(text)
-    return Preset(name, *(data[key] for key in _KEYS))
+    return Preset(name, *(data[key] for key in _KEYS), small=data.get("small"))
 
 
 def load(name: str, width: int | None = None, depth: int | None = None) -> Genome:
@@ -57,10 +65,11 @@ def load(name: str, width: int | None = None, depth: int | None = None) -> Genom
     genome has. Whether its operators can be built at the width, `rules.violations` says.
     """
     preset = describe(name)
-    slots = parse(preset.motif).slots
+    width = int(preset.header["width"] or 0) if width is None else width
+    slots = parse(preset.motif_at(width)).slots
     depth = preset.depth if depth is None else depth
     if not 1 <= depth <= MAX_SLOTS:
         raise PresetError(f"depth is a number of slots from 1 to {MAX_SLOTS}, not {depth}")
-    header = dict(preset.header) if width is None else {**preset.header, "width": width}
+    header = {**preset.header, "width": width}
     repeats = -(-depth // len(slots))
     return with_header(header, (slots * repeats)[:depth])
