@@ -92,6 +92,8 @@ def search(
             except KeyboardInterrupt:
                 driver.forgive()
                 raise
+            finally:
+                driver.ledger.close()
         except KeyboardInterrupt:
             store.tell("interrupted")
             raise Interrupted(f"stopped; the same command resumes {store.folder}") from None

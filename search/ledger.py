@@ -10,10 +10,10 @@ from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import Trial, TrialState
 
 from .grammar import Proposal
+from .journal import RunJournal
 from .records import Failure
 from .records import TrialState as RecordState
 from .samplers import GenomeSampler
@@ -47,7 +47,12 @@ class Ledger:
         """Optuna's ids by trial number."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         try:
-            self._storage = _storage(study, store)
+            self._journal = RunJournal(store.journal_path) if study.storage is None else None
+            self._storage: BaseStorage = (
+                JournalStorage(self._journal)
+                if self._journal is not None
+                else optuna.storages.get_storage(study.storage)
+            )
             self._study = optuna.create_study(
                 study_name=study.name,
                 storage=self._storage,
@@ -138,11 +143,10 @@ class Ledger:
         """Whether the storage holds the trial as stopped, which cannot be taken back."""
         return self._told.get(number) == TrialState.PRUNED
 
+    def close(self) -> None:
+        """Give the storage back."""
+        if self._journal is not None:
+            self._journal.close()
+
     def _set(self, number: int, key: str, value: Any) -> None:
         self._storage.set_trial_user_attr(self._ids[number], key, value)
-
-
-def _storage(study: Study, store: RunStore) -> BaseStorage:
-    if study.storage is not None:
-        return optuna.storages.get_storage(study.storage)
-    return JournalStorage(JournalFileBackend(str(store.journal_path)))

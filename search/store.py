@@ -93,16 +93,18 @@ class RunStore:
 
         Raises RunError where another driver is at work or the study differs."""
         store = cls(study.folder)
-        with storage_errors(study.folder):
+        try:
             store.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise RunError(f"{study.folder}: the folder cannot be made: {why}") from None
+        with storage_errors(study.folder):
             store._take_lock()
             try:
                 store._freeze(study)
                 (store.folder / "trials").mkdir(exist_ok=True)
                 for name in ("journal.log", "events.jsonl"):
                     heal(store.folder / name)
-                for stale in store.folder.glob("journal.log.lock*"):
-                    stale.unlink()
                 events = read_events(store.events_path)
                 store._told = {_identity(e): e.get("at", "") for e in events}
                 store._events = store.events_path.open("a", encoding="utf-8")

@@ -29,7 +29,7 @@ from ..genome.space_check import SpaceError, check_space
 from ..primitives.base import GeneError
 from ..proxies.recipe import TrainConfig
 from ..proxies.task import ProxyError
-from ..proxies.tasks import ProxyConfig, make_task
+from ..proxies.tasks import TASKS, ProxyConfig, make_task
 from .objectives import Goal, ObjectiveChoice, QualitySettings, ScoreSettings, goals, spelled_out
 from .study_file import StudyError, StudyFile
 
@@ -137,7 +137,7 @@ class Study(BaseModel):
         labels = [goal.label for goal in goals(choices)]
         for label in labels:
             if labels.count(label) > 1:
-                raise ValueError(f"{label} stands twice among the objectives")
+                raise ValueError(f"{label.partition('@')[0]} stands twice")
         return choices
 
     @model_validator(mode="after")
@@ -219,11 +219,20 @@ def load_study(
     try:
         study = Study.model_validate(file.data)
     except ValidationError as error:
-        raise file.explain(error, Study) from None
+        raise file.explain(error, Study, lambda key: _task_keys(key, file.data)) from None
     study._text = file.text
     if check:
         _check(study, file)
     return study
+
+
+def _task_keys(key: tuple[str | int, ...], data: dict[str, Any]) -> list[str] | None:
+    """The keys of a proxy: its own and those of its task, which stand flat beside them."""
+    if len(key) != 2 or key[0] != "proxies":
+        return None
+    task = data["proxies"][key[1]].get("task")
+    settings = TASKS[task].settings.model_fields if task in TASKS else {}
+    return ["task", "steps", "batch", *settings]
 
 
 def _check(study: Study, file: StudyFile) -> None:

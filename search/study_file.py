@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -84,15 +84,26 @@ class StudyFile:
         sentence = " ".join(sentence.split())
         return StudyError(f"{where}: {name}: {sentence}" if name else f"{where}: {sentence}")
 
-    def explain(self, error: ValidationError, model: type[BaseModel]) -> StudyError:
-        """The first of pydantic's errors, as one line in our words."""
+    def explain(
+        self,
+        error: ValidationError,
+        model: type[BaseModel],
+        keys: Callable[[Key], list[str] | None] = lambda key: None,
+    ) -> StudyError:
+        """The first of pydantic's errors, as one line in our words.
+
+        `keys` says which keys a mapping may have where the model does not tell."""
         details = error.errors(include_url=False)
         # A misspelt key gives two errors, unknown and missing; the unknown one tells more.
-        detail = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
+        detail = next((d for d in details if d["type"] != "missing"), details[0])
         key: Key = tuple(detail["loc"])
         given = self._given(key)
         if detail["type"] == "extra_forbidden":
-            return self.error(given, _unknown(key, model, detail.get("input")))
+            allowed = keys(key[:-1]) or _fields(key[:-1], model)
+            here = given[-1:] == key[-1:]
+            what = "there is no such key" if here else f"there is no {key[-1]!r}"
+            near = nearest(str(key[-1]), allowed) or "."
+            return self.error(given, f"{what}{near} Allowed: {', '.join(allowed)}")
         if detail["type"] == "missing":
             return self.error((*given, key[-1]), "this key is missing")
         message = str(detail["msg"])
@@ -170,16 +181,6 @@ def _override(path: Path, data: dict[str, Any], dotted: str, value: Any) -> None
             raise StudyError(f"{path}: {dotted}: {part} has no keys of its own")
         data = below
     data[last] = value
-
-
-def _unknown(key: Key, model: type[BaseModel], value: Any) -> str:
-    allowed = _fields(key[:-1], model)
-    what = "there is no such key"
-    if not allowed:
-        return what
-    return f"{what}{nearest(str(key[-1]), allowed)} Allowed: {', '.join(allowed)}".replace(
-        "key Allowed", "key. Allowed"
-    )
 
 
 def _fields(key: Key, annotation: Any) -> list[str]:

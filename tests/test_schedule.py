@@ -112,8 +112,8 @@ def test_about_one_in_eta_goes_on() -> None:
     story = replay(make(trials=810, baselines=0, in_flight=9, patience=900), set(), set())
     count = Counter(a.rung for a in story if isinstance(a, Job))
     assert count[0] == 810
-    # Those that were ahead when they were promoted, and fell behind later, come on top: asynchronous
-    # halving never takes a promotion back.
+    # Those that were ahead when they were promoted, and fell behind later, come on top:
+    # asynchronous halving never takes a promotion back.
     assert 270 <= count[1] <= 1.5 * 270
     assert count[1] // 3 <= count[2] <= 1.5 * count[1] / 3
 
