@@ -105,7 +105,7 @@ def _read_ranges(name: str, value: Any, path: tuple[str | int, ...]) -> Ranges:
 
 
 def _read_listed(value: Any) -> dict[str, Ranges | None]:
-    """Names with their ranges, from a mapping; from a list of names, None for each."""
+    """Names with their ranges, from a mapping; None for each from a list of names."""
     if isinstance(value, list | tuple):
         for i, name in enumerate(value):
             if not isinstance(name, str):
@@ -121,7 +121,8 @@ def _read_listed(value: Any) -> dict[str, Ranges | None]:
             _refuse((), f"the name of a primitive or a named point, not {name!r}")
     if not value:
         _refuse((), "is empty: name at least one primitive")
-    return {name: _read_ranges(name, ranges, (name,)) for name, ranges in value.items()}
+    read = {name: _read_ranges(name, ranges, (name,)) for name, ranges in value.items()}
+    return {name: None if value[name] is None else ranges for name, ranges in read.items()}
 
 
 def _read_operators(value: Any) -> dict[str, Ranges]:
@@ -145,7 +146,9 @@ def _depths(value: Any) -> tuple[int, int]:
     return least, most
 
 
-def _places(value: Any) -> tuple[int, ...]:
+def _places(value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
     given = _listed(value)
     if not given or not all(isinstance(i, int) and not isinstance(i, bool) for i in given):
         raise ValueError("the number of a slot (from 0; -1 is the last), or a list of them")
@@ -159,7 +162,7 @@ class _Part(BaseModel):
 class SlotRule(_Part):
     """The operators of some slots: those `at` places, or `every` so many from `offset` on.
 
-    A listed name that `space.operators` has keeps its ranges there; a mapping gives ranges anew.
+    A name in a list keeps the ranges that `space.operators` gives it; a mapping gives them anew.
     """
 
     at: Annotated[tuple[int, ...] | None, BeforeValidator(_places)] = None
@@ -252,7 +255,7 @@ class Space(_Part):
         sites = [Site(w, p) for w, p in itertools.product(self.width, self.position)]
         seen: set[tuple[str, ...]] = set()
         for depth in range(self.depth[0], self.depth[1] + 1):
-            slots = self.slots_at(depth)
+            slots = self._slots[depth] = tuple(self._slot(i, depth) for i in range(depth))
             for i, slot in enumerate(slots):
                 if slot.names in seen:
                     continue
@@ -307,11 +310,8 @@ class Space(_Part):
             )
 
     def slots_at(self, depth: int) -> tuple[SlotSpace, ...]:
-        """What every slot of a genome of that depth may hold."""
-        found = self._slots.get(depth)
-        if found is None:
-            found = self._slots[depth] = tuple(self._slot(i, depth) for i in range(depth))
-        return found
+        """What every slot of a genome of that depth may hold. The depth is one of the space's."""
+        return self._slots[depth]
 
     def _slot(self, index: int, depth: int) -> SlotSpace:
         label, operators = f"slot{index}", self._by_pattern(index)

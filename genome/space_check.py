@@ -26,7 +26,7 @@ def read_space(data: Any) -> Space:
     try:
         return Space.model_validate(data)
     except ValidationError as error:
-        raise SpaceError(_first_line(error, data)) from None
+        raise SpaceError(_first_line(error)) from None
 
 
 def check_space(space: Space, tries: int = TRIES, seed: int = 0) -> None:
@@ -63,7 +63,7 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
 
 
-def _first_line(error: ValidationError, data: Any) -> str:
+def _first_line(error: ValidationError) -> str:
     details = error.errors(include_url=False)
     # A misspelt key gives two errors, unknown and missing; the unknown one tells more.
     detail = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
