@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from .constraints import exceeded, limits, measured
 from .header import nearest
@@ -80,8 +80,18 @@ def _first_line(error: ValidationError) -> str:
 
 
 def _near(key: str, location: tuple[int | str, ...]) -> str:
-    """The allowed keys beside a misspelt one, where they are the space's own."""
-    if len(location) > 1:
-        return ""
-    fields = list(Space.model_fields)
+    """The allowed keys beside a misspelt one."""
+    model: type[BaseModel] = Space
+    for part in location[:-1]:
+        if isinstance(part, str):
+            model = _model_in(model.model_fields[part].annotation) or model
+    fields = list(model.model_fields)
     return f"; allowed are {', '.join(fields)}{nearest(key, fields)}"
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field's type holds, alone, in a tuple or beside None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (_model_in(inner) for inner in get_args(annotation))
+    return next((model for model in found if model is not None), None)

@@ -326,7 +326,27 @@ OPERATORS = {"operators": {"mha": {}, "swiglu": {}}}
             OPERATORS | {"parallel": {"branches": 2, "share": 1.5}},
             "space.parallel.share: should be less than or equal to 1, not 1.5",
         ),
-        (OPERATORS | {"sharing": {"weight": True}}, "space.sharing.weight: there is no such key"),
+        (
+            OPERATORS | {"sharing": {"weight": True}},
+            (
+                "space.sharing.weight: there is no such key; allowed are weights, features; "
+                "did you mean weights?"
+            ),
+        ),
+        (
+            OPERATORS | {"constraints": {"cache_bytes": {"most": 3}}},
+            (
+                "space.constraints.cache_bytes.most: there is no such key; allowed are min, max, "
+                "context, dtype"
+            ),
+        ),
+        (
+            OPERATORS | {"slots": [{"at": 0, "operator": ["mha"]}]},
+            (
+                "space.slots.0.operator: there is no such key; allowed are at, every, offset, "
+                "operators; did you mean operators?"
+            ),
+        ),
         (
             OPERATORS | {"sharing": {"weights": "yes"}},
             "space.sharing.weights: should be a valid boolean, not 'yes'",
