@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import definitions
-from .backend import choose
+from .backend import choose, kernels
 from .chunks import Cut, causal_exp, prefix_sums
 from .definitions import accumulator
 from .letters import BHKV, BTH, BTHK, BTHV
@@ -43,6 +43,8 @@ def delta_rule(
     backend = choose("delta_rule", q.device)
     if backend == "definition":
         return definitions.delta_rule(q, k, v, beta, log_decay, state, scale)
+    if backend == "triton":
+        return kernels("delta_rule")(q, k, v, beta, log_decay, state, scale)
     if q.shape[1] == 1:
         return _step(q, k, v, beta, log_decay, state, scale)
     return _chunked(q, k, v, beta, log_decay, state, scale)

@@ -60,7 +60,12 @@ def check_device(op: str, tensor: Tensor) -> None:
 
 def tile(width: int) -> int:
     """The side of the tiles that cover `width`, a power of two from 16 to 64."""
-    return min(LARGEST_TILE, max(SMALLEST_TILE, 1 << (width - 1).bit_length()))
+    return min(LARGEST_TILE, full_tile(width))
+
+
+def full_tile(width: int) -> int:
+    """The side of the one tile that covers `width`: a power of two of at least 16."""
+    return max(SMALLEST_TILE, 1 << (width - 1).bit_length())
 
 
 @contextmanager
@@ -74,17 +79,32 @@ def on_device_of(tensor: Tensor) -> Iterator[None]:
 
 
 def chunk_prefix(log_decay: Tensor, tokens: int, size: int) -> Tensor:
-    """Sums of g from each chunk's start, (2, B or 1, H, N * C): float32 and what it rounds off.
-
-    Two float32 hold what one float64 does, at the price of two subtractions: after a token that
-    forgets everything the small decays that follow keep their digits (`chunks.prefix_sums`).
-    """
+    """Sums of g from each chunk's start, as `split_prefix` splits them."""
     if log_decay.ndim == 1:
         log_decay = log_decay.expand(1, tokens, -1)
     g = log_decay.double().mT
     g = F.pad(g, (0, -tokens % size)).view(*g.shape[:2], -1, size).cumsum(dim=-1).flatten(2)
-    high = g.float()
-    return torch.stack((high, (g - high).float()))
+    return split_prefix(g)
+
+
+def split_prefix(total: Tensor) -> Tensor:
+    """Prefix sums (B or 1, H, N * C) in float64 as (2, ...): float32, and what that rounds off.
+
+    Two float32 hold what one float64 does, at the price of two subtractions: after a token that
+    forgets everything the small decays that follow keep their digits (`chunks.prefix_sums`).
+    """
+    high = total.float()
+    return torch.stack((high, (total - high).float()))
+
+
+def batch_stride(prefix: Tensor | None) -> int:
+    """Elements from one sequence's prefix sums to the next's: 0 where all have the same."""
+    return 0 if prefix is None or prefix.shape[1] == 1 else prefix.stride(1)
+
+
+def half_stride(prefix: Tensor | None) -> int:
+    """Elements from the sums to what they round off."""
+    return 0 if prefix is None else prefix.stride(0)
 
 
 def decay_gradient(dprefix: Tensor, log_decay: Tensor, tokens: int, size: int) -> Tensor:

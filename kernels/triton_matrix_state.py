@@ -17,12 +17,14 @@ from torch.autograd.function import once_differentiable
 
 from .triton_common import (
     DOT,
+    batch_stride,
     check_device,
     check_width,
     chunk_prefix,
     common_dtype,
     decay_between,
     decay_gradient,
+    half_stride,
     on_device_of,
     tile,
 )
@@ -71,7 +73,7 @@ class _MatrixState(torch.autograd.Function):
         prefix = None if log_decay is None else chunk_prefix(log_decay, tokens, size)
         before, final = _walk(k, v, prefix, state, size, 1.0, reverse=False)
         o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        _launch(_outputs, q, v, size, q, k, v, prefix, before, o, scale)
+        launch_chunks(_outputs, q, v, size, q, k, v, prefix, before, o, scale)
         ctx.save_for_backward(q, k, v, log_decay, prefix, before)
         ctx.scale, ctx.size, ctx.started = scale, size, state is not None
         return o, final
@@ -88,7 +90,7 @@ class _MatrixState(torch.autograd.Function):
         dprefix = torch.empty(
             (0 if prefix is None else batch, heads, padded), dtype=torch.float32, device=q.device
         )
-        _launch(
+        launch_chunks(
             _gradients,
             q, v, ctx.size,
             q, k, v, prefix, before, do, dafter, dq, dk, dv, dprefix, ctx.scale,
@@ -124,7 +126,7 @@ def _walk(
     with on_device_of(x):
         _states[grid](
             x, y, prefix, start, states, last,
-            tokens, chunks, heads, _batch_stride(prefix), _half(prefix), scale,
+            tokens, chunks, heads, batch_stride(prefix), half_stride(prefix), scale,
             K=key_width, V=value_width, C=size, TILE_K=tile_k, TILE_V=tile_v,
             DECAY=prefix is not None, START=start is not None, REVERSE=reverse,
             num_warps=4, num_stages=2,
@@ -132,28 +134,18 @@ def _walk(
     return states, last
 
 
-def _launch(kernel: Any, q: Tensor, v: Tensor, size: int, *arguments: Any) -> None:
+def launch_chunks(kernel: Any, q: Tensor, v: Tensor, size: int, *arguments: Any) -> None:
     """One program per head and chunk."""
     batch, tokens, heads, key_width = q.shape
     chunks = -(-tokens // size)
     prefix = arguments[3]
     with on_device_of(q):
         kernel[(batch * heads, chunks)](
-            *arguments, tokens, chunks, heads, _batch_stride(prefix), _half(prefix),
+            *arguments, tokens, chunks, heads, batch_stride(prefix), half_stride(prefix),
             K=key_width, V=v.shape[-1], C=size,
             TILE_K=tile(key_width), TILE_V=tile(v.shape[-1]),
             DECAY=prefix is not None, num_warps=4, num_stages=2,
         )  # fmt: skip
-
-
-def _batch_stride(prefix: Tensor | None) -> int:
-    """Elements from one sequence's prefix sums to the next's: 0 where all have the same."""
-    return 0 if prefix is None or prefix.shape[1] == 1 else prefix.stride(1)
-
-
-def _half(prefix: Tensor | None) -> int:
-    """Elements from the sums to what they round off."""
-    return 0 if prefix is None else prefix.stride(0)
 
 
 @triton.jit

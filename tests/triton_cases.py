@@ -1,0 +1,119 @@
+"""The cases of `test_kernels_triton.py`, run by it in a process with Triton's interpreter.
+
+Prints one JSON object: per case, the relative error of the output, the final state and every
+gradient against the definition. All memory from `torch.empty` is filled with NaN first, so that a
+kernel that leaves an element out is seen. float32 only: the interpreter computes bfloat16 wrongly.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mendel.kernels import triton_delta_rule, triton_matrix_state
+from mendel.kernels.backend import use_backend
+from mendel.kernels.delta_rule import delta_rule
+from mendel.kernels.matrix_state import matrix_state
+
+B, H = 2, 2
+OPS: dict[str, Any] = {"matrix_state": matrix_state, "delta_rule": delta_rule}
+SIZES = {"small": (8, 6), "tiled": (72, 80)}
+
+CASES: dict[str, tuple[str, str, int, str, bool]] = {
+    f"{op}-{decay}-{tokens}-{size}-{'state' if start else 'fresh'}": (
+        op,
+        decay,
+        tokens,
+        size,
+        start,
+    )
+    for op, decay, tokens, size, start in (
+        ("matrix_state", "none", 1, "small", True),
+        ("matrix_state", "none", 40, "small", False),
+        ("matrix_state", "none", 33, "tiled", True),
+        ("matrix_state", "fixed", 17, "small", True),
+        ("matrix_state", "fixed", 32, "small", False),
+        ("matrix_state", "scalar", 3, "small", False),
+        ("matrix_state", "scalar", 2, "small", True),
+        ("matrix_state", "scalar", 49, "small", True),
+        ("matrix_state", "scalar", 17, "tiled", True),
+        ("matrix_state", "forgetting", 40, "small", True),
+        ("delta_rule", "none", 1, "small", True),
+        ("delta_rule", "none", 40, "small", False),
+        ("delta_rule", "scalar", 49, "small", True),
+        ("delta_rule", "scalar", 17, "tiled", True),
+        ("delta_rule", "forgetting", 40, "small", False),
+    )
+}
+
+
+def inputs(op: str, decay: str, tokens: int, size: str, start: bool) -> dict[str, Tensor | None]:
+    key_width, value_width = SIZES[size]
+    g = {
+        "none": None,
+        "fixed": -torch.rand(H),
+        "scalar": -torch.rand(B, tokens, H),
+        "forgetting": torch.where(torch.rand(B, tokens, H) < 0.2, -1e4, -0.01),
+    }[decay]
+    found: dict[str, Tensor | None] = {
+        "q": torch.randn(B, tokens, H, key_width),
+        "k": F.normalize(torch.randn(B, tokens, H, key_width), dim=-1),
+        "v": torch.randn(B, tokens, H, value_width),
+        "log_decay": g,
+        "state": torch.randn(B, H, key_width, value_width) if start else None,
+    }
+    if op == "delta_rule":
+        found["beta"] = torch.rand(B, tokens, H)
+    return found
+
+
+def run(op: str, given: dict[str, Tensor | None], backend: Any) -> dict[str, Tensor]:
+    leaves = {n: None if t is None else t.clone().requires_grad_() for n, t in given.items()}
+    with use_backend(backend):
+        out, final = OPS[op](**leaves)
+    g = torch.Generator().manual_seed(1)
+    loss = (out * torch.randn(out.shape, generator=g)).sum()
+    loss = loss + (final * torch.randn(final.shape, generator=g)).sum()
+    loss.backward()
+    found = {"out": out.detach(), "final": final.detach()}
+    for name, t in leaves.items():
+        if t is not None:
+            found["d" + name] = torch.zeros_like(t) if t.grad is None else t.grad
+    return found
+
+
+def error(have: Tensor, want: Tensor) -> float:
+    """The norm of the difference over the norm; what is 0 by cancellation may be a rounding."""
+    rounding = 20 * torch.finfo(torch.float32).eps * want.numel() ** 0.5
+    return ((have - want).norm() / (want.norm() + rounding)).item()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    real_empty = torch.empty
+
+    def poisoned(*shape: Any, **options: Any) -> Tensor:
+        t = real_empty(*shape, **options)
+        return t.fill_(torch.nan) if t.is_floating_point() else t
+
+    # Short chunks, so that a short sequence has several and the last is not full.
+    triton_matrix_state.CHUNK = triton_delta_rule.CHUNK = 16
+    results = {}
+    for name, (op, decay, tokens, size, start) in CASES.items():
+        torch.manual_seed(tokens)
+        given = inputs(op, decay, tokens, size, start)
+        torch.empty = poisoned  # type: ignore[assignment]
+        have = run(op, given, "triton")
+        torch.empty = real_empty
+        want = run(op, given, "definition")
+        results[name] = {part: error(have[part], want[part]) for part in want}
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
