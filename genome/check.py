@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,8 +22,11 @@ TOLERANCE = 1e-5
 about sqrt(terms) roundings of 2^-24, a few layers deep; the bound leaves a factor of about ten."""
 
 EXACT = 1e-10
-"""The same bound in float64. A pair of forms that differs in float32 and agrees here differs by
-rounding alone: a router's choice between two experts whose scores tie to within a rounding."""
+"""The same bound in float64: forms that agree here are the same function."""
+
+AMPLIFIED = 1e-4
+"""A rounding of float32 grows where a norm divides by a small output, slot after slot. Beyond this
+bound it must be explained otherwise."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,17 @@ class Disagreement:
     seed: int
     difference: float
     exact: float
+    routed: bool
+    """It holds experts: a router's choice between two that tie within a rounding can flip."""
 
     @property
-    def is_rounding(self) -> bool:
-        return self.exact <= EXACT
+    def cause(self) -> Literal["rounding", "tie", "fault"]:
+        """Why the forms differ: rounding that the depth amplified, a routing tie, or a fault."""
+        if not self.exact <= EXACT:
+            return "fault"
+        if self.difference <= AMPLIFIED:
+            return "rounding"
+        return "tie" if self.routed else "fault"
 
 
 def wide_space(width: int = 32) -> Space:
@@ -105,4 +116,5 @@ def disagreements(count: int, seed: int = 0) -> Iterator[Disagreement | None]:
             yield None
         else:
             exact = difference(genome, index, torch.float64)
-            yield Disagreement(show(genome), index, found, exact)
+            routed = any(hasattr(m, "route") for m in build(genome).operators)
+            yield Disagreement(show(genome), index, found, exact, routed)

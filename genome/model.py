@@ -118,7 +118,7 @@ class LanguageModel(nn.Module):
             for j, op in enumerate(slot.branches):
                 operator = self.operators[self.plan[i][j]]
                 held = None if state is None else state.operators[i][j]
-                y, new = self._apply(operator, op, (i, j), normed, held, lent)
+                y, new = self._call(operator, op, (i, j), normed, held, lent)
                 outputs.append(y)
                 if state is not None:
                     state.operators[i][j] = new
@@ -130,7 +130,7 @@ class LanguageModel(nn.Module):
             state.length += tokens.shape[1]
         return logits, state
 
-    def _apply(
+    def _call(
         self,
         operator: nn.Module,
         op: Op,
@@ -176,16 +176,17 @@ class LanguageModel(nn.Module):
     def balance(self) -> None:
         """Let every operator that keeps a balance (experts) adjust it; call after each step."""
         for operator in self.operators:
-            if hasattr(operator, "balance"):
-                operator.balance()
+            adjust = getattr(operator, "balance", None)
+            if adjust is not None:
+                adjust()
 
     def statistics(self) -> dict[str, Any]:
         """What operators report of themselves, such as the load of experts, by place."""
         return {
-            f"slot{i}.{j}": operator.statistics()
+            f"slot{i}.{j}": report()
             for i, indices in enumerate(self.plan)
             for j, index in enumerate(indices)
-            if hasattr(operator := self.operators[index], "statistics")
+            if (report := getattr(self.operators[index], "statistics", None)) is not None
         }
 
 

@@ -14,7 +14,6 @@ from ..header import MAX_SLOTS, nearest, with_header
 from ..notation import parse
 
 _FOLDER = Path(__file__).parent
-_KEYS = ("summary", "source", "motif", "depth", "header")
 
 
 class PresetError(ValueError):
@@ -55,7 +54,7 @@ def describe(name: str) -> Preset:
         )
     text = (_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
     data: dict[str, Any] = yaml.safe_load(text)
-    return Preset(name, *(data[key] for key in _KEYS), small=data.get("small"))
+    return Preset(name=name, **data)
 
 
 def load(name: str, width: int | None = None, depth: int | None = None) -> Genome:

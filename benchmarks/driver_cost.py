@@ -1,0 +1,102 @@
+"""What the search itself costs: the driver's time per trial, and how busy it keeps its workers.
+
+    PYTHONPATH=benchmarks python benchmarks/driver_cost.py [--sizes 1000 10000] [--trials 60]
+
+The first table times a search whose evaluation does nothing, so that a trial's time is the
+driver's: ask, propose, dispatch, record, tell. The second runs trials of ten seconds on Ray workers
+and counts the share of the workers' time, from the first trial's start to the last one's end, that
+was spent inside trials.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from datetime import datetime
+from pathlib import Path
+
+from record import save, spread
+
+from mendel.search.driver import search
+from mendel.search.study import Study, load_study
+
+STUDY = Path(__file__).parent / "data" / "driver_study.yaml"
+
+
+def study_of(evaluate: str, trials: int, folder: Path, name: str) -> Study:
+    study = load_study(STUDY)
+    setting = study.search.model_copy(update={"trials": trials})
+    changed = {"search": setting, "evaluate": f"evaluations:{evaluate}", "name": name}
+    return study.model_copy(update=changed).moved(folder)
+
+
+def per_trial(trials: int, folder: Path) -> dict[str, object]:
+    times: list[float] = []
+    seen = 0
+    last = time.perf_counter()
+
+    def note(progress: object) -> None:
+        nonlocal seen, last
+        finished = progress.finished  # type: ignore[attr-defined]
+        now = time.perf_counter()
+        if finished > seen:
+            times.extend([(now - last) / (finished - seen)] * (finished - seen))
+            seen, last = finished, now
+
+    began = time.perf_counter()
+    search(study_of("noop", trials, folder, f"noop{trials}"), executor="serial", progress=note)
+    seconds = time.perf_counter() - began
+    milliseconds = [1000 * t for t in times]
+    tail = milliseconds[-1000:]
+    return {
+        "trials": trials,
+        "ms per trial": spread(milliseconds),
+        "ms, last 1,000": spread(tail),
+        "whole run, s": seconds,
+    }
+
+
+def occupancy(trials: int, folder: Path) -> dict[str, object]:
+    workers = os.cpu_count() or 1
+    began = time.perf_counter()
+    view = search(study_of("ten_seconds", trials, folder, "busy"), executor="ray")
+    wall = time.perf_counter() - began
+    inside = sum(rung.seconds for trial in view.trials for rung in trial.rungs)
+    starts = [trial.started for trial in view.trials]
+    ends = [trial.finished for trial in view.trials]
+    span = (datetime.fromisoformat(max(ends)) - datetime.fromisoformat(min(starts))).total_seconds()
+    return {
+        "workers": workers,
+        "trials of 10 s": trials,
+        "busy": inside / (workers * span),
+        "from first start to last end, s": span,
+        "whole command, s": wall,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000])
+    parser.add_argument("--trials", type=int, default=60, help="trials of ten seconds; 0 for none")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [per_trial(size, Path(folder)) for size in arguments.sizes]
+        save(
+            "driver_cost",
+            "What does the driver cost per trial?",
+            rows,
+            storage="Optuna journal file",
+            sampler="evolution",
+        )
+        if arguments.trials:
+            save(
+                "occupancy",
+                "How busy are the workers?",
+                [occupancy(arguments.trials, Path(folder))],
+            )
+
+
+if __name__ == "__main__":
+    main()
