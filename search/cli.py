@@ -20,6 +20,7 @@ from .commands_look import app as look
 from .commands_result import app as result
 from .commands_run import app as compute
 from .commands_setup import app as setup
+from .driver import Interrupted
 from .store import RunError
 from .study_file import StudyError
 from .terminal import Mistake, say, warn
@@ -88,7 +89,13 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         result = app(arguments, prog_name="mendel", standalone_mode=False)
         sys.stdout.flush()
+        if result == INTERRUPTED:
+            # How newer versions of typer hand on a Ctrl-C; older ones raise Abort.
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
+    except Interrupted as error:
+        warn(f"mendel: {error}")
+        return INTERRUPTED
     except _UsageError as error:
         return _usage(error)
     except BrokenPipeError:

@@ -13,7 +13,7 @@ from ..proxies.recipe import TrainConfig
 from ..proxies.tasks import TASKS, ProxyConfig, find_task
 from .commands_look import WHAT, AsJson, Depth, Width, examples
 from .commands_result import print_outcome
-from .driver import search
+from .driver import Interrupted, search
 from .dryrun import dry_run, print_dry_run
 from .evaluate import resolve_device
 from .front import outcome_dict, outcome_of
@@ -169,14 +169,16 @@ def train(
     chosen = _seeds(seeds)
     claim(plan, out)
     screen = console(stderr=True)
-    results = []
     with screen.status("", spinner="line") as status:
 
         def progress(seed: int, step: int) -> None:
             if step % 10 == 0 or step == config.steps:
                 status.update(f"seed {seed}: step {step} of {config.steps}")
 
-        results = [train_seed(plan, seed, out, progress) for seed in chosen]
+        try:
+            results = [train_seed(plan, seed, out, progress) for seed in chosen]
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped; the same command goes on in {out}") from None
     found = write_outcome(plan, results, out)
     if as_json:
         print_json(found)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..genome.cost import DEFAULT_CONTEXT, cost
-from ..genome.files import dump, load, to_dict
+from ..genome.files import dump, load
 from ..genome.genome import GRAMMAR_VERSION, Genome
 from ..genome.hash import canonical_hash
 from ..genome.notation import parse
@@ -76,10 +76,7 @@ def write_files(source: Source, folder: Path) -> None:
     """Write every file of the export into a folder that exists."""
     genome = source.genome
     dump(genome, folder / "genome.yaml")
-    write(
-        folder / "genome.json",
-        {**to_dict(genome), "hash": canonical_hash(genome), "notation": notation(genome)},
-    )
+    dump(genome, folder / "genome.json")
     write(folder / "costs.json", costs(genome))
     write(folder / "scores.json", scores(source))
     (folder / "README.md").write_text(card(source), encoding="utf-8")
@@ -95,10 +92,7 @@ def write(path: Path, value: Mapping[str, Any]) -> None:
 def check(source: Source, folder: Path) -> None:
     """Read everything back; raises RuntimeError where it is not what was meant."""
     genome = source.genome
-    written = json.loads((folder / "genome.json").read_text(encoding="utf-8"))
-    for key in ("hash", "notation"):
-        written.pop(key)
-    if written != to_dict(genome) or load(folder / "genome.yaml") != genome:
+    if any(load(folder / name) != genome for name in ("genome.yaml", "genome.json")):
         raise RuntimeError(
             f"{folder}: the genome that was written is not the genome that was meant"
         )
@@ -141,6 +135,7 @@ def scores(source: Source) -> dict[str, Any]:
         return {
             "proxies": {},
             "seeds": [],
+            "rungs": [],
             "baselines": {},
             "note": "the design was exported without a run, so nothing was trained",
         }
@@ -169,7 +164,11 @@ def provenance(source: Source, hashes: Mapping[str, str]) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "exported": now(),
         "mendel": VERSION,
-        "grammar": GRAMMAR_VERSION,
+        "genome": {
+            "grammar": GRAMMAR_VERSION,
+            "hash": canonical_hash(source.genome),
+            "notation": notation(source.genome),
+        },
         "source": source.text,
         "files": dict(hashes),
     }

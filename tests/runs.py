@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from mendel.genome.files import to_dict
 from mendel.genome.genome import Genome
 from mendel.genome.hash import canonical_hash
