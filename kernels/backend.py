@@ -25,6 +25,7 @@ OPS = ("matrix_state", "delta_rule", "diagonal_scan", "short_conv")
 TRITON_FORMS: dict[str, tuple[str | None, ...]] = {
     "matrix_state": ("none", "fixed", "scalar"),
     "delta_rule": (None,),
+    "diagonal_scan": (None,),
 }
 """The operators and their forms that have Triton kernels, in `triton_<operator>.py`."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .letters import BD, BHKV, BTD, BTH, BTHK, BTHV, DW, D, H
+from .letters import BD, BHKV, BTD, BTH, BTHK, BTHV, DW, HK, D, H
 
 
 def accumulator(*tensors: Tensor | None) -> torch.dtype:
@@ -46,6 +46,29 @@ def matrix_state(
     for t in range(tokens):
         S = g[:, t, :, :, None].exp() * S + k_[:, t, :, :, None] * v_[:, t, :, None, :]
         o.append(scale * torch.einsum("bhkv,bhk->bhv", S, q_[:, t]))
+    return torch.stack(o, dim=1).to(v.dtype), S
+
+
+def matrix_state_preread(
+    q: BTHK,
+    k: BTHK,
+    v: BTHV,
+    bonus: HK,
+    log_decay: H | BTH | BTHK | None,
+    state: BHKV | None,
+    scale: float,
+) -> tuple[BTHV, BHKV]:
+    """o_t = scale (S_{t-1} + Diag(u) k_t v_t^T)^T q_t;  S_t = Diag(exp g_t) S_{t-1} + k_t v_t^T."""
+    dtype = accumulator(q, k, v, log_decay, state)
+    S = _initial(state, (q.shape[0], *q.shape[2:], v.shape[-1]), dtype, q)
+    g = torch.zeros((), dtype=dtype, device=q.device) if log_decay is None else log_decay
+    g = (g[..., None] if g.ndim in (1, 3) else g).to(dtype).expand(q.shape)
+    o = []
+    for t in range(q.shape[1]):
+        kv = k[:, t, :, :, None].to(dtype) * v[:, t, :, None, :].to(dtype)
+        seen = S + bonus.to(dtype)[..., None] * kv
+        o.append(scale * torch.einsum("bhkv,bhk->bhv", seen, q[:, t].to(dtype)))
+        S = g[:, t, :, :, None].exp() * S + kv
     return torch.stack(o, dim=1).to(v.dtype), S
 
 

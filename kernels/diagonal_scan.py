@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import definitions
-from .backend import choose
+from .backend import choose, kernels
 from .definitions import accumulator
 from .letters import BD, BTD
 
@@ -29,6 +29,8 @@ def diagonal_scan(log_a: BTD, b: BTD, state: BD | None = None) -> tuple[BTD, BD]
     backend = choose("diagonal_scan", b.device)
     if backend == "definition":
         return definitions.diagonal_scan(log_a, b, state)
+    if backend == "triton":
+        return kernels("diagonal_scan")(log_a, b, state)
     dtype = accumulator(log_a, b, state)
     decay, add = log_a.to(dtype).exp(), b.to(dtype)
     start = None if state is None else state.to(dtype)

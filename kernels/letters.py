@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     BDW = Tensor
     DW = Tensor
     H = Tensor
+    HK = Tensor
     D = Tensor
     BTA = Tensor
     BTE = Tensor
@@ -64,6 +65,7 @@ else:
     BDW = _floats("B D W")
     DW = _floats("D W")
     H = _floats("H")
+    HK = _floats("H K")
     D = _floats("D")
     BTA = _floats("B T A")
     BTE = _floats("B T E")

@@ -31,6 +31,7 @@ from .triton_common import (
     tile,
 )
 from .triton_matrix_state import _gradients, _outputs, launch_chunks
+from .triton_step import step, step_serves
 
 OP = "delta_rule"
 CHUNK = 64
@@ -52,6 +53,8 @@ def delta_rule(
     check_device(OP, q)
     check_width(OP, K=q.shape[-1], V=v.shape[-1])
     dtype = common_dtype(OP, q, k, v)
+    if step_serves(q, k, v, beta, log_decay, state):
+        return step(q, k, v, beta, log_decay, state, scale)
     tokens = q.shape[1]
     size = min(CHUNK, tile(tokens))
     # Chunks of exactly `size`: the kernels pad the last one themselves.
@@ -256,8 +259,8 @@ def _delta_gradients(
     dS = tl.load(dlast_ptr + bh * K * V + entry, mask=there, other=0.0)
     if DECAY:
         sums = prefix_ptr + b * prefix_stride + h * N * C
-    for step in range(N):
-        n = N - 1 - step
+    for turn in range(N):
+        n = N - 1 - turn
         chunk = bh * N + n
         t = n * C + place
         token = (b * T + t) * H + h

@@ -28,6 +28,7 @@ from .triton_common import (
     on_device_of,
     tile,
 )
+from .triton_step import step, step_serves
 
 OP = "matrix_state"
 CHUNK = 64
@@ -49,6 +50,8 @@ def matrix_state(
     check_device(OP, q)
     check_width(OP, K=q.shape[-1], V=v.shape[-1])
     dtype = common_dtype(OP, q, k, v)
+    if step_serves(q, k, v, log_decay, state):
+        return step(q, k, v, None, log_decay, state, scale)
     start = None if state is None else state.float().contiguous()
     q, k, v_ = (t.to(dtype).contiguous() for t in (q, k, v))
     o, final = _MatrixState.apply(  # type: ignore[no-untyped-call]
@@ -170,8 +173,8 @@ def _states(
         S = tl.load(start_ptr + bh * K * V + entry, mask=there, other=0.0)
     if DECAY:
         sums = prefix_ptr + b * prefix_stride + h * N * C
-    for step in range(N):
-        n = N - 1 - step if REVERSE else step
+    for turn in range(N):
+        n = N - 1 - turn if REVERSE else turn
         stored = states_ptr + (bh * N + n) * K * V + entry
         tl.store(stored, S.to(states_ptr.dtype.element_ty), mask=there)
         t = n * C + place

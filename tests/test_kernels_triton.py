@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from functools import cache
+from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def _names() -> list[str]:
     assert spec.loader is not None
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
-    return list(module.CASES)
+    return [*module.CASES, *module.DECODED]
 
 
 @cache
@@ -62,45 +63,89 @@ def test_equals_definition(case: str) -> None:
         assert error < (1e-4 if part == "dlog_decay" else 1e-5), part
 
 
-def _compile(kernel: Any, capability: int, types: dict[str, str], constants: dict[str, Any]) -> Any:
+SHARED_KIB = {80: 163, 90: 227, 100: 227}
+"""The shared memory that one program may take (CUDA programming guide, table of capabilities)."""
+MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
+FLOAT32 = ("prefix", "start", "last", "dprefix", "dlast", "dstate", "dstart", "state", "new")
+"""Pointers to float32; all others are to the dtype of the inputs."""
+
+WIDE: dict[str, Any] = {"K": 128, "V": 128, "C": 64, "DECAY": True}
+TILES = {"TILE_K": 64, "TILE_V": 64}
+WALK = {"FULL_K": 128, "TILE_V": 32, "START": True}
+SCAN = {"TILE_T": 32, "TILE_D": 32, "START": True}
+STEP = {"K": 128, "V": 128, "FULL_K": 128, "TILE_V": 32}
+FIRST = {"DECAY": False, "prefix_ptr": None, "H": 1, "N": 1}
+"""What a launch turns into constants: one head, one chunk, no decay."""
+
+KERNELS: list[tuple[str, str, dict[str, Any]]] = [
+    ("matrix_state", "_states", {**WIDE, **TILES, "START": True, "REVERSE": False}),
+    ("matrix_state", "_states", {**WIDE, **TILES, "START": True, "REVERSE": True}),
+    ("matrix_state", "_outputs", {**WIDE, **TILES}),
+    ("matrix_state", "_gradients", {**WIDE, **TILES}),
+    ("delta_rule", "_delta_states", {**WIDE, **WALK}),
+    ("delta_rule", "_delta_gradients", {**WIDE, **WALK}),
+]
+PLAIN: list[tuple[str, str, dict[str, Any]]] = [
+    (
+        "matrix_state",
+        "_states",
+        {**WIDE, **TILES, **FIRST, "START": False, "start_ptr": None, "REVERSE": False},
+    ),
+    ("matrix_state", "_outputs", {**WIDE, **TILES, **FIRST}),
+    ("matrix_state", "_gradients", {**WIDE, **TILES, **FIRST}),
+    ("delta_rule", "_delta_states", {**WIDE, **WALK, **FIRST, "START": False, "start_ptr": None}),
+    ("delta_rule", "_delta_gradients", {**WIDE, **WALK, **FIRST}),
+    ("diagonal_scan", "_forward", SCAN),
+    ("diagonal_scan", "_backward", SCAN),
+    ("step", "_step", {**STEP, "DELTA": True, "START": True, "DECAY": True, "FIXED": False}),
+    (
+        "step",
+        "_step",
+        {
+            **STEP, "DELTA": False, "START": False, "DECAY": False, "FIXED": False,
+            "beta_ptr": None, "log_decay_ptr": None, "state_ptr": None,
+        },
+    ),
+]  # fmt: skip
+
+
+def _compile(module: str, name: str, capability: int, constants: dict[str, Any]) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    kernel = getattr(import_module(f"mendel.kernels.triton_{module}"), name)
+    types = {"scale": "fp32", **{f"{p}_ptr": "*fp32" for p in FLOAT32}}
     signature = {
-        name: "constexpr"
-        if name in constants
-        else types.get(name, "*bf16" if name.endswith("_ptr") else "i32")
-        for name in kernel.arg_names
+        argument: "constexpr"
+        if argument in constants
+        else types.get(argument, "*bf16" if argument.endswith("_ptr") else "i32")
+        for argument in kernel.arg_names
     }
     return triton.compile(
         ASTSource(kernel, signature, constexprs=constants),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": 4, "num_stages": 2},
+        options={"num_warps": 4, "num_stages": 1 if module == "delta_rule" else 2},
     )
 
 
-SHARED_KIB = {80: 163, 90: 227, 100: 227}
-"""The shared memory that one program may take (CUDA programming guide, table of capabilities)."""
-MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
-
-
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("name", ["_states", "_outputs", "_gradients"])
-def test_compiles_with_tensor_cores(name: str, capability: int) -> None:
-    from mendel.kernels import triton_matrix_state as module
-
-    constants: dict[str, Any] = {
-        "K": 128, "V": 128, "C": 64, "TILE_K": 64, "TILE_V": 64, "DECAY": True,
-    }  # fmt: skip
-    if name == "_states":
-        constants |= {"START": True, "REVERSE": True}
-    floats = ("prefix_ptr", "start_ptr", "last_ptr", "dprefix_ptr")
-    types = {"scale": "fp32", **dict.fromkeys(floats, "*fp32")}
-    compiled = _compile(getattr(module, name), capability, types, constants)
+@pytest.mark.parametrize(("module", "name", "constants"), KERNELS)
+def test_compiles_with_tensor_cores(
+    module: str, name: str, constants: dict[str, Any], capability: int
+) -> None:
+    compiled = _compile(module, name, capability, constants)
     assert len(compiled.asm["cubin"]) > 0
     assert MATRIX_INSTRUCTION[capability] in compiled.asm["ptx"]
     assert compiled.metadata.shared <= SHARED_KIB[capability] * 1024
+
+
+@pytest.mark.parametrize(("module", "name", "constants"), PLAIN)
+def test_compiles_with_what_a_launch_makes_constant(
+    module: str, name: str, constants: dict[str, Any]
+) -> None:
+    compiled = _compile(module, name, 90, constants)
+    assert compiled.metadata.shared <= SHARED_KIB[90] * 1024
 
 
 def test_the_default_of_a_gpu() -> None:
@@ -123,7 +168,7 @@ def test_what_the_kernels_do_not_serve(width: int, dtype: torch.dtype, reason: s
     assert caught.value.others == ("definition", "chunked")
     with (
         use_backend("triton"),
-        pytest.raises(Unsupported, match="matrix_state with decay vector.*it has no kernel"),
+        pytest.raises(Unsupported, match=r"matrix_state with decay vector.*it has no kernel"),
     ):
         matrix_state(x, x, x, -x.abs())
 

@@ -18,10 +18,15 @@ from torch.nn import functional as F
 from mendel.kernels import triton_delta_rule, triton_matrix_state
 from mendel.kernels.backend import use_backend
 from mendel.kernels.delta_rule import delta_rule
+from mendel.kernels.diagonal_scan import diagonal_scan
 from mendel.kernels.matrix_state import matrix_state
 
 B, H = 2, 2
-OPS: dict[str, Any] = {"matrix_state": matrix_state, "delta_rule": delta_rule}
+OPS: dict[str, Any] = {
+    "matrix_state": matrix_state,
+    "delta_rule": delta_rule,
+    "diagonal_scan": diagonal_scan,
+}
 SIZES = {"small": (8, 6), "tiled": (72, 80)}
 
 CASES: dict[str, tuple[str, str, int, str, bool]] = {
@@ -38,22 +43,38 @@ CASES: dict[str, tuple[str, str, int, str, bool]] = {
         ("matrix_state", "none", 33, "tiled", True),
         ("matrix_state", "fixed", 17, "small", True),
         ("matrix_state", "fixed", 32, "small", False),
+        ("matrix_state", "scalar", 1, "tiled", True),
+        ("matrix_state", "fixed", 1, "small", True),
         ("matrix_state", "scalar", 3, "small", False),
         ("matrix_state", "scalar", 2, "small", True),
         ("matrix_state", "scalar", 49, "small", True),
         ("matrix_state", "scalar", 17, "tiled", True),
         ("matrix_state", "forgetting", 40, "small", True),
+        ("diagonal_scan", "scalar", 1, "small", True),
+        ("diagonal_scan", "scalar", 40, "small", True),
+        ("diagonal_scan", "forgetting", 33, "tiled", False),
         ("delta_rule", "none", 1, "small", True),
+        ("delta_rule", "scalar", 1, "tiled", True),
         ("delta_rule", "none", 40, "small", False),
         ("delta_rule", "scalar", 49, "small", True),
         ("delta_rule", "scalar", 17, "tiled", True),
         ("delta_rule", "forgetting", 40, "small", False),
     )
 }
+DECODED = [f"{name}-decoded" for name, case in CASES.items() if case[2] == 1]
+"""The cases of one token, again without gradients: the kernel that decodes."""
 
 
 def inputs(op: str, decay: str, tokens: int, size: str, start: bool) -> dict[str, Tensor | None]:
     key_width, value_width = SIZES[size]
+    if op == "diagonal_scan":
+        b = torch.randn(B, tokens, key_width)
+        forget = torch.rand(b.shape) < 0.2
+        return {
+            "log_a": torch.where(forget, -1e4, -0.01) if decay == "forgetting" else -b.abs(),
+            "b": b,
+            "state": torch.randn(B, key_width) if start else None,
+        }
     g = {
         "none": None,
         "fixed": -torch.rand(H),
@@ -112,6 +133,16 @@ def main() -> None:
         torch.empty = real_empty
         want = run(op, given, "definition")
         results[name] = {part: error(have[part], want[part]) for part in want}
+        if tokens == 1:
+            with torch.no_grad():
+                torch.empty = poisoned  # type: ignore[assignment]
+                with use_backend("triton"):
+                    out, final = OPS[op](**given)
+                torch.empty = real_empty
+            results[name + "-decoded"] = {
+                "out": error(out, want["out"]),
+                "final": error(final, want["final"]),
+            }
     json.dump(results, sys.stdout)
 
 
