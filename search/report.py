@@ -12,7 +12,8 @@ from typing import Any
 from ..genome.cost import DEFAULT_CONTEXT, cost
 from ..genome.files import from_dict
 from ..primitives.base import DTYPES
-from .figures import curves_figure, front_figure, hypervolume_figure
+from .figures import curves_figure, hypervolume_figure
+from .figures_front import front_figure
 from .front import Outcome, label_text, outcome_of, shown_value
 from .objectives import CacheSettings, Goal
 from .outline import outline

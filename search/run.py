@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from .objectives import Goal
 from .pareto import Frame, as_losses
@@ -14,6 +16,25 @@ from .store import RunError, locked, trial_folder
 from .study import Study, StudyError, load_study
 
 RunState = Literal["new", "running", "interrupted", "complete"]
+
+
+@dataclass
+class Life:
+    """One driver's time on a run; `last` is when it was last heard of. ISO 8601, UTC."""
+
+    began: str
+    workers: int
+    last: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """A rung of a trial that ended at `at` (ISO 8601, UTC) after `seconds` on a worker."""
+
+    trial: int
+    rung: int
+    at: str
+    seconds: float
 
 
 class RunView:
@@ -26,8 +47,15 @@ class RunView:
         """By number, without gaps except where a line is damaged."""
         self.remarks: list[str] = []
         """What the driver said about the run as a whole, such as why it ended early."""
+        self.lives: list[Life] = []
+        self.work: list[Work] = []
+        """In the order in which rungs ended."""
+        self.damaged = 0
+        """Lines that could not be read as events."""
         self._by_number: dict[int, TrialRecord] = {}
         self._offset = 0
+        self._file: tuple[int, int] | None = None
+        """Device and inode of the file that was read so far."""
         self._ended = False
         self.refresh()
 
@@ -55,27 +83,44 @@ class RunView:
 
     def refresh(self) -> bool:
         """Read the events appended since the last call. Returns whether there were any."""
-        path = self.folder / "events.jsonl"
         try:
-            handle = path.open("rb")
-        except FileNotFoundError:
+            handle = (self.folder / "events.jsonl").open("rb")
+        except OSError:
             return False
         changed = False
         with handle:
+            status = os.fstat(handle.fileno())
+            if self._offset and not self._goes_on(handle, status):
+                self._forget()
+                changed = True
+            self._file = (status.st_dev, status.st_ino)
             handle.seek(self._offset)
             for line in handle:
                 if not line.endswith(b"\n"):
                     break
                 self._offset += len(line)
-                try:
-                    event = json.loads(line)
-                except ValueError:
-                    continue
-                self._apply(event)
                 changed = True
+                try:
+                    self._apply(json.loads(line))
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    self.damaged += 1
         if changed:
             self.trials = [self._by_number[n] for n in sorted(self._by_number)]
         return changed
+
+    def _goes_on(self, handle: BinaryIO, status: os.stat_result) -> bool:
+        """Whether the file is the one that was read, with that much of it still there: a resume may
+        have cut off a damaged line, and a run may have been deleted and begun anew."""
+        if self._file != (status.st_dev, status.st_ino) or status.st_size < self._offset:
+            return False
+        handle.seek(self._offset - 1)
+        return handle.read(1) == b"\n"
+
+    def _forget(self) -> None:
+        self.trials, self.remarks, self.lives, self.work = [], [], [], []
+        self._by_number = {}
+        self.damaged = self._offset = 0
+        self._ended = False
 
     def trial(self, number: int) -> TrialRecord:
         """The trial of that number; RunError with the numbers that there are."""
@@ -105,8 +150,11 @@ class RunView:
 
     def _apply(self, event: Mapping[str, Any]) -> None:
         kind = event.get("event")
+        if self.lives and kind != "begin":
+            self.lives[-1].last = event["at"]
         if kind == "begin":
             self._ended = False
+            self.lives.append(Life(event["at"], int(event.get("workers", 1)), event["at"]))
         elif kind == "complete":
             self._ended = True
         elif kind == "remark":
@@ -128,7 +176,9 @@ class RunView:
         elif kind in ("rung", "end") and event.get("trial") in self._by_number:
             record = self._by_number[event["trial"]]
             if kind == "rung":
-                record.rungs.append(rung_result(event["result"]))
+                result = rung_result(event["result"])
+                record.rungs.append(result)
+                self.work.append(Work(record.number, result.rung, event["at"], result.seconds))
             else:
                 record.state = event["state"]
                 record.finished = event["at"]

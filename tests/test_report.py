@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from runs import QUESTION, REASON, made_run, made_study
 
-from mendel.search.figures import curves_figure, front_figure, hypervolume_figure
+from mendel.search.figures import curves_figure, hypervolume_figure
+from mendel.search.figures_front import front_figure
 from mendel.search.front import outcome_dict, outcome_of, shown_value
 from mendel.search.pareto import as_losses
 from mendel.search.report import report, write_report
