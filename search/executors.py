@@ -161,10 +161,14 @@ class RayExecutor:
     def workers(self) -> int:
         return self._plan.count
 
+    @property
+    def measuring(self) -> int:
+        """Workers that only measure."""
+        return sum(slot.measures for slot in self._slots)
+
     def pids(self) -> list[int]:
-        """Process ids of workers that are idle; for tests and `doctor`."""
-        idle = [s for s in self._slots if s.reference is None]
-        return [int(ray.get(s.actor.ready.remote())) for s in idle]
+        """Process ids of the workers, once all are there. Only while none has a job."""
+        return [int(ray.get(slot.actor.ready.remote())) for slot in self._slots]
 
     def submit(self, task: Task) -> None:
         own = self._plan.measures and task.key[2] == "measure"

@@ -23,6 +23,9 @@ from ..primitives.base import Gene, GeneError
 Choices = dict[str, tuple[int, list[Gene]]]
 """Per choice that was made: the index of the option taken, and the options."""
 
+RANDOM = "random"
+"""The variation of a genome that was drawn without a model or parents."""
+
 MUTATED_CHILDREN = 1 / 3
 """The share of crossed children that are mutated too."""
 
@@ -36,7 +39,7 @@ class Draw:
 
     genome: Genome
     parents: tuple[int, ...] = ()
-    variation: str = "random"
+    variation: str = RANDOM
     choices: Choices = field(default_factory=dict)
 
 

@@ -45,7 +45,7 @@ class Ledger:
         """Trials that the storage holds as finished."""
         self._ids: list[int] = []
         """Optuna's ids by trial number."""
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
         try:
             self._journal = RunJournal(store.journal_path) if study.storage is None else None
             self._storage: BaseStorage = (

@@ -20,12 +20,16 @@ from optuna.trial import FrozenTrial
 
 from ..genome.sample import Option
 from ..primitives.base import GeneError
-from .grammar import Choices, Draw, Grammar, Proposal
+from .grammar import RANDOM, Choices, Draw, Grammar, Proposal
 from .pareto import as_losses, order
 from .study import SearchConfig
 
 ATTEMPTS = 64
-"""Draws for a new, feasible candidate by the sampler's own way, and again as many at random."""
+"""Random draws for a new, feasible candidate where the sampler's own way gave none."""
+
+
+HOPELESS = 3
+"""Infeasible random draws after which one of them is proposed as it is."""
 
 
 class Exhausted(Exception):
@@ -39,6 +43,9 @@ class GenomeSampler(BaseSampler):
     resume it adopts the stored ones. Optuna's own suggestions are not used: one in a trial of such
     a study is an error.
     """
+
+    attempts = 64
+    """Draws in the sampler's own way for a candidate that is new and feasible."""
 
     def __init__(self, grammar: Grammar, seed: int, population: int) -> None:
         self.grammar = grammar
@@ -91,10 +98,10 @@ class GenomeSampler(BaseSampler):
         if self.queue:
             return self.queue[0]
         rng = np.random.default_rng((self.seed, number))
-        infeasible: Proposal | None = None
-        for attempt in range(2 * ATTEMPTS):
+        infeasible: list[Proposal] = []
+        for attempt in range(self.attempts + ATTEMPTS):
             try:
-                draw = self.draw(rng) if attempt < ATTEMPTS else Draw(self.grammar.sample(rng))
+                draw = self.draw(rng) if attempt < self.attempts else Draw(self.grammar.sample(rng))
             except GeneError:
                 continue
             key = self.grammar.hash(draw.genome)
@@ -103,10 +110,14 @@ class GenomeSampler(BaseSampler):
             proposal = Proposal(draw, key, self.grammar.exceeded(draw.genome))
             if proposal.feasible:
                 return proposal
-            infeasible = infeasible or proposal
-        if infeasible is None:
+            if draw.variation == RANDOM:
+                # The grammar has tried hundreds of times already.
+                infeasible.append(proposal)
+                if len(infeasible) == HOPELESS:
+                    break
+        if not infeasible:
             raise Exhausted
-        return infeasible
+        return infeasible[0]
 
     @abstractmethod
     def draw(self, rng: np.random.Generator) -> Draw:
@@ -198,6 +209,9 @@ class TpeSampler(GenomeSampler):
     works on a study of its own, in memory, that holds the losses of the first rung.
     """
 
+    attempts = 4
+    """One costs tens of milliseconds, and where TPE repeats itself it goes on doing so."""
+
     def __init__(self, grammar: Grammar, seed: int, population: int, objectives: int) -> None:
         super().__init__(grammar, seed, population)
         self._shadow = optuna.create_study(directions=["minimize"] * objectives)
@@ -223,14 +237,15 @@ class TpeSampler(GenomeSampler):
             )
 
     def draw(self, rng: np.random.Generator) -> Draw:
-        # Group and multivariate are marked experimental; the warning says nothing to a user.
+        # Group and multivariate are marked experimental, and a choice that the last genome did not
+        # have is drawn by itself; saying so each time tells a user nothing.
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._shadow.sampler = TPESampler(
                 n_startup_trials=self.population,
                 multivariate=True,
                 group=True,
-                warn_independent_sampling=False,
                 seed=int(rng.integers(2**31)),
             )
         trial = self._shadow.ask()

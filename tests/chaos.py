@@ -38,6 +38,7 @@ def quick(job: Job) -> dict[str, Any]:
 def logged(job: Job) -> dict[str, Any]:
     """The real evaluation; a line is kept of each that ended."""
     content = real(job)
+    time.sleep(0.1)
     log = Path(job["folder"]).parent.parent.parent / "evaluations"
     with log.open("a") as handle:
         handle.write(f"{job['trial']} {job['rung']}\n")
@@ -66,3 +67,21 @@ def deadly(job: Job) -> dict[str, Any]:
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return faulty(job)
+
+
+def nonsense(job: Job) -> dict[str, Any]:
+    """Not what an evaluation answers."""
+    return {"scores": {name: {"score": float("nan")} for name in job["proxies"]}, "steps": {}}
+
+
+def sleepy(job: Job) -> dict[str, Any]:
+    """Who did it, after a while."""
+    time.sleep(job["seconds"])
+    return {"pid": os.getpid()}
+
+
+def crashing(job: Job) -> dict[str, Any]:
+    """Trial 2 takes its process with it."""
+    if job["trial"] == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return quick(job)
