@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -19,8 +20,11 @@ from ..primitives.base import DTYPES, Axis, Cost, Primitive, show_gene
 from ..primitives.catalogue import CATALOGUE, find
 from ..proxies.tasks import TASKS, find_task
 from .draw import drawing
+from .front import shown_value
 from .outline import outline
+from .picture import picture
 from .source import Source, find_genome
+from .store import write_text
 from .terminal import Mistake, console, plain, print_json, print_table, say, unicode_works
 from .units import bytes_text, count_text
 
@@ -89,6 +93,7 @@ def _facts(genome: Genome) -> str:
         "mendel show transformer++ --width 256 --depth 12",
         "mendel show '[mamba2 > swiglu]*3 > [gqa(kv_heads=2) | mamba2] > moe(experts=8, top_k=2)'",
         "mendel show runs/quickstart:12 --context 65536 --json",
+        "mendel show striped --svg striped.svg",
     )
 )
 def show(
@@ -97,20 +102,30 @@ def show(
     dtype: Dtype = "bf16",
     width: Width = None,
     depth: Depth = None,
+    svg: Annotated[
+        Path | None, typer.Option(help="Write the drawing to this .svg file too.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Draw a genome in the terminal, with its costs per slot and whole."""
+    if svg is not None and (svg.suffix != ".svg" or not svg.absolute().parent.is_dir()):
+        raise Mistake(f"--svg names a file that ends in .svg, in a folder that exists, not {svg}")
     kind = _dtype(dtype)
     found = find_genome(what, width, depth)
     counted = cost(found.genome, context, DTYPES[kind])
+    content = outline(found.genome, counted)
+    if svg is not None:
+        write_text(svg, picture(content, notation(found.genome)))
     if as_json:
         print_json(describe(found.genome, counted, context, kind))
         return
     screen = console()
     screen.print(Text(plain(f"{found.name} · {_facts(found.genome)}"), style="bold"))
     screen.print(Text(plain(notation(found.genome))), style="dim")
+    if found.trial is not None:
+        screen.print(Text(plain(_trial_line(found))))
     screen.print()
-    for line in drawing(outline(found.genome, counted), screen.width, unicode_works()):
+    for line in drawing(content, screen.width, unicode_works()):
         screen.print(line, soft_wrap=True)
     screen.print(
         Text(
@@ -121,6 +136,18 @@ def show(
             style="dim",
         )
     )
+
+
+def _trial_line(source: Source) -> str:
+    """What became of a trial, in one line."""
+    assert source.trial is not None
+    assert source.run is not None
+    values = [
+        f"{goal.label} {shown_value(source.trial, goal)}"
+        for goal in source.run.goals
+        if goal.label in source.trial.values
+    ]
+    return " · ".join([f"trial {source.trial.number}, {source.trial.state}", *values])
 
 
 @app.command(

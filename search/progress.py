@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from types import TracebackType
 
@@ -9,7 +10,7 @@ from rich.live import Live
 from rich.text import Text
 
 from .driver import Progress
-from .terminal import console, plain
+from .terminal import ascii_text, console, unicode_works
 from .units import duration_text
 
 PLAIN_SECONDS = 15.0
@@ -22,6 +23,8 @@ class SearchProgress:
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
+        # Asked before the live display puts itself in front of the streams.
+        self._unicode = unicode_works(sys.stderr)
         self._console = console(stderr=True)
         self._live: Live | None = None
         self._said = float("-inf")
@@ -45,7 +48,9 @@ class SearchProgress:
     def __call__(self, now: Progress) -> None:
         if self._quiet:
             return
-        line = plain(progress_line(now))
+        line = progress_line(now)
+        if not self._unicode:
+            line = ascii_text(line)
         if self._live is not None:
             self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
             return

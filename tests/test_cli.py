@@ -118,6 +118,16 @@ def test_show_takes_every_form_of_a_genome(call: Call, tmp_path: Path, made: Pat
     assert loads(call("show", "mine:0", "--json")) == trial
 
 
+def test_show_tells_what_became_of_a_trial_and_writes_svg(
+    call: Call, made: Path, tmp_path: Path
+) -> None:
+    code, out, _ = call("show", f"{made}:0", "--svg", "a.svg")
+    assert code == 0
+    assert "trial 0, complete" in out
+    assert "quality 0." in out
+    assert (tmp_path / "a.svg").read_text(encoding="utf-8").startswith("<svg")
+
+
 def test_show_counts_at_a_context(call: Call) -> None:
     def cache(*options: str) -> int:
         return int(loads(call("show", "mha > swiglu", "--json", *options))["cache_bytes"])
@@ -337,6 +347,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "dtype": (["show", "mha", "--dtype", "int8"], ["--dtype", "bf16", "int8"]),
     "context": (["show", "mha", "--context", "0"], ["--context"]),
     "width of a notation's depth": (["show", "mha > swiglu", "--depth", "3"], ["--depth"]),
+    "svg": (["show", "mha", "--svg", "a.png"], ["--svg", "a.png"]),
     "compare one": (["compare", "mamba2"], ["two to four", "1"]),
     "compare five": (["compare", *["mamba2"] * 5], ["two to four", "5"]),
     "primitive": (["primitives", "mambo"], ["mambo", "mamba2"]),
