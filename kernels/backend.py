@@ -8,15 +8,19 @@ chosen backend cannot serve raises `Unsupported`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Literal, cast
+from typing import Literal, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 Backend = Literal["definition", "chunked", "triton"]
 
@@ -95,3 +99,22 @@ def use_backend(name: Backend) -> Iterator[None]:
         yield
     finally:
         _pinned.reset(token)
+
+
+def without_autocast(op: Callable[P, R]) -> Callable[P, R]:
+    """An operator that autocast leaves alone.
+
+    Autocast would multiply in bfloat16 what the operator has just made float32, and so round the
+    sums and the state that a sequence carries for ever.
+    """
+
+    @functools.wraps(op)
+    def exact(*args: P.args, **kwargs: P.kwargs) -> R:
+        tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+        device = next(tensors).device.type
+        if not torch.is_autocast_enabled(device):
+            return op(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return op(*args, **kwargs)
+
+    return exact

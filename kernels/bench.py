@@ -286,7 +286,7 @@ def main() -> None:
     if given.out is not None and not given.out.parent.is_dir():
         parser.error(f"--out {given.out}: there is no folder {given.out.parent}")
     conditions = {
-        "device": torch.cuda.get_device_name() if given.device == "cuda" else platform.processor(),
+        "device": torch.cuda.get_device_name() if given.device == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "floor": "GB/s and GFLOP/s are the floor's bytes and operations over the median time",

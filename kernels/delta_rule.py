@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import definitions
-from .backend import choose, kernels
+from .backend import choose, kernels, without_autocast
 from .chunks import Cut, causal_exp, prefix_sums
 from .definitions import accumulator
 from .letters import BHKV, BTH, BTHK, BTHV
@@ -21,6 +21,7 @@ CHUNK = 32
 """Tokens of a chunk: the fastest of 32, 64, 128 on a CPU for heads of 16 to 64."""
 
 
+@without_autocast
 def delta_rule(
     q: BTHK,
     k: BTHK,

@@ -15,11 +15,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import definitions
-from .backend import choose, kernels
+from .backend import choose, kernels, without_autocast
 from .definitions import accumulator
 from .letters import BD, BTD
 
 
+@without_autocast
 def diagonal_scan(log_a: BTD, b: BTD, state: BD | None = None) -> tuple[BTD, BD]:
     """The states of all tokens (b's dtype) and the last one (float32 at least).
 

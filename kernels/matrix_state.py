@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import definitions
-from .backend import choose, kernels
+from .backend import choose, kernels, without_autocast
 from .chunks import Cut, carry, causal_exp, prefix_sums
 from .definitions import accumulator
 from .letters import BHKV, BTH, BTHK, BTHV, H
@@ -41,6 +41,7 @@ def decay_form(log_decay: Tensor | None) -> Form:
     return forms[log_decay.ndim]
 
 
+@without_autocast
 def matrix_state(
     q: BTHK,
     k: BTHK,

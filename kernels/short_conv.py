@@ -14,11 +14,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import definitions
-from .backend import choose
+from .backend import choose, without_autocast
 from .definitions import accumulator
 from .letters import BTD, DW, D
 
 
+@without_autocast
 def short_conv(
     x: BTD,
     weight: DW,

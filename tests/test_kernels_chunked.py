@@ -127,8 +127,13 @@ def assert_close(found: dict[str, Tensor], right: dict[str, Tensor], tolerance: 
         assert error <= tolerance * want.norm().item() + rounding, f"{name}: off by {error:.1e}"
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
-@pytest.mark.parametrize("tokens", LENGTHS)
+@pytest.mark.parametrize(
+    ("tokens", "dtype"),
+    [
+        *((tokens, torch.float64) for tokens in LENGTHS),
+        *((tokens, torch.float32) for tokens in (1, 33, 130)),
+    ],
+)
 @pytest.mark.parametrize(("op", "form"), CASES)
 def test_equals_definition(op: str, form: str, tokens: int, dtype: torch.dtype) -> None:
     given = cast(inputs(op, form, tokens, seed=tokens), dtype)
@@ -192,6 +197,17 @@ def test_bfloat16_inputs(op: str, form: str, tokens: int) -> None:
     assert_close({"out": out.float()}, {"out": right}, 2**-8)
     assert final.dtype == (torch.bfloat16 if op == "short_conv" else torch.float32)
     assert_close({"final": final.float()}, {"final": right_final}, 1e-5)
+
+
+@pytest.mark.parametrize(("op", "form"), CASES)
+def test_autocast_changes_nothing(op: str, form: str) -> None:
+    for tokens in (1, 40):
+        given = cast(inputs(op, form, tokens), torch.float32)
+        want, want_final = OPS[op](**given)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            have, final = OPS[op](**given)
+        assert torch.equal(have, want)
+        assert torch.equal(final, want_final)
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
