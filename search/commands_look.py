@@ -1,13 +1,11 @@
-"""Commands that look at designs: show, compare, primitives, tasks, presets."""
+"""Commands that look at designs: show and compare."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.text import Text
 
 from ..genome import presets
@@ -16,33 +14,26 @@ from ..genome.files import to_dict
 from ..genome.genome import Genome
 from ..genome.hash import canonical_hash
 from ..genome.notation import show as notation
-from ..primitives.base import DTYPES, Axis, Cost, Primitive, show_gene
-from ..primitives.catalogue import CATALOGUE, find
-from ..proxies.tasks import TASKS, find_task
+from ..primitives.base import DTYPES, Cost
 from .draw import drawing
 from .front import shown_value
+from .options import WHAT, AsJson, Context, Depth, Dtype, Width, examples
 from .outline import outline
 from .picture import picture
 from .source import Source, find_genome
 from .store import write_text
-from .terminal import Mistake, console, plain, print_json, print_table, say, unicode_works
+from .terminal import (
+    Mistake,
+    console,
+    plain,
+    print_json,
+    print_table,
+    say,
+    unicode_works,
+)
 from .units import bytes_text, count_text
 
 app = typer.Typer()
-
-WHAT = "A notation, a genome file (.yaml, .json), a preset, or RUN:TRIAL."
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Context = Annotated[
-    int, typer.Option(min=1, help="Tokens of the sequence that costs are counted for.")
-]
-Dtype = Annotated[str, typer.Option(help="Type of the cached numbers: " + ", ".join(DTYPES) + ".")]
-Width = Annotated[int | None, typer.Option(min=1, help="Width of a preset or a notation.")]
-Depth = Annotated[int | None, typer.Option(min=1, help="Slots of a preset.")]
-
-
-def examples(*lines: str) -> str:
-    """The end of a command's help; each line stands alone and brackets stay as they are."""
-    return "\n\n".join([escape(f"Example: {lines[0]}"), *(escape(line) for line in lines[1:])])
 
 
 def _dtype(name: str) -> str:
@@ -233,165 +224,3 @@ def _operators(genome: Genome) -> str:
     for _, _, op in genome.ops():
         counts[op.name] = counts.get(op.name, 0) + 1
     return ", ".join(f"{n} {name}" for name, n in counts.items())
-
-
-@app.command(
-    epilog=examples("mendel primitives", "mendel primitives mamba2", "mendel primitives --json")
-)
-def primitives(
-    name: Annotated[str | None, typer.Argument(help="A primitive or a named point.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """List the operators that a genome can use, or everything about one of them."""
-    if name is None:
-        if as_json:
-            print_json([_primitive_dict(p) for p in CATALOGUE])
-            return
-        rows = [
-            [p.name, p.kind, p.summary, ", ".join(point.name for point in p.points)]
-            for p in CATALOGUE
-        ]
-        print_table(
-            ["primitive", "kind", "what it is", "named points"],
-            rows,
-            fold=["what it is", "named points"],
-        )
-        return
-    primitive, point = find(name)
-    if as_json:
-        print_json(_primitive_dict(primitive))
-        return
-    say(f"{primitive.name} ({primitive.kind}): {primitive.summary}", "bold")
-    say(f"Source: {primitive.source}", "dim")
-    if point is not None:
-        genes = ", ".join(f"{k}={show_gene(v)}" for k, v in point.genes.items()) or "all defaults"
-        say(f"{point.name} is the point with {genes}. {point.doc} Source: {point.source}")
-    say()
-    chosen = {**primitive.defaults(), **(point.genes if point else {})}
-    print_table(
-        ["axis", name, "allowed", "searched", "what it does"],
-        [
-            [
-                axis.name,
-                show_gene(chosen[axis.name]),
-                axis.allowed(),
-                ", ".join(show_gene(v) for v in axis.search),
-                axis.doc,
-            ]
-            for axis in primitive.axes
-        ],
-        fold=["allowed", "searched", "what it does"],
-    )
-    if primitive.points:
-        print_table(
-            ["point", "genes", "source"],
-            [
-                [
-                    p.name,
-                    ", ".join(f"{k}={show_gene(v)}" for k, v in p.genes.items()),
-                    p.source,
-                ]
-                for p in primitive.points
-            ],
-            fold=["genes", "source"],
-        )
-
-
-def _primitive_dict(primitive: Primitive) -> dict[str, Any]:
-    return {
-        "name": primitive.name,
-        "kind": primitive.kind,
-        "summary": primitive.summary,
-        "source": primitive.source,
-        "lends": primitive.lends,
-        "liv": vars(primitive.liv),
-        "axes": [_axis_dict(axis) for axis in primitive.axes],
-        "points": [
-            {"name": p.name, "genes": dict(p.genes), "source": p.source, "doc": p.doc}
-            for p in primitive.points
-        ],
-    }
-
-
-def _axis_dict(axis: Axis) -> dict[str, Any]:
-    return {
-        "name": axis.name,
-        "default": axis.default,
-        "doc": axis.doc,
-        "allowed": axis.allowed(),
-        "options": list(axis.options),
-        "low": axis.low,
-        "high": axis.high,
-        "search": list(axis.search),
-    }
-
-
-@app.command(
-    epilog=examples("mendel tasks", "mendel tasks in-context-recall", "mendel tasks --json")
-)
-def tasks(
-    name: Annotated[str | None, typer.Argument(help="A task.")] = None, as_json: AsJson = False
-) -> None:
-    """List the proxy tasks that judge a candidate, or the settings of one."""
-    rows = list(TASKS.values()) if name is None else [find_task(name)]
-    if as_json:
-        found = [
-            {
-                "name": row.name,
-                "summary": row.summary,
-                "score": row.score,
-                "source": row.source,
-                "settings": {
-                    key: {"default": field.default, "doc": field.description or ""}
-                    for key, field in row.settings.model_fields.items()
-                },
-            }
-            for row in rows
-        ]
-        print_json(found if name is None else found[0])
-        return
-    if name is None:
-        print_table(
-            ["task", "what it asks", "score (0..1)", "source"],
-            [[r.name, r.summary, r.score, r.source] for r in rows],
-            fold=["what it asks", "score (0..1)", "source"],
-        )
-        return
-    row = rows[0]
-    say(f"{row.name}: {row.summary}", "bold")
-    say(f"Score: {row.score}. Source: {row.source}", "dim")
-    say()
-    print_table(
-        ["setting", "default", "what it does"],
-        [
-            [key, json.dumps(field.default, default=str), field.description or ""]
-            for key, field in row.settings.model_fields.items()
-        ],
-        fold=["default", "what it does"],
-    )
-
-
-@app.command(name="presets", epilog=examples("mendel presets", "mendel presets --json"))
-def list_presets(as_json: AsJson = False) -> None:
-    """List the published designs that ship with mendel; they are the baselines of searches."""
-    rows = [presets.describe(name) for name in presets.names()]
-    if as_json:
-        print_json(
-            [
-                {
-                    "name": p.name,
-                    "summary": p.summary,
-                    "source": p.source,
-                    "motif": p.motif,
-                    "depth": p.depth,
-                    "header": p.header,
-                }
-                for p in rows
-            ]
-        )
-        return
-    print_table(
-        ["preset", "what it is", "motif", "source"],
-        [[p.name, p.summary.strip(), p.motif, p.source.strip()] for p in rows],
-        fold=["what it is", "motif", "source"],
-    )

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from .commands_look import WHAT, AsJson, examples
 from .export import FORMATS, export
 from .front import Outcome, label_text, outcome_dict, outcome_of, shown_value
+from .options import WHAT, AsJson, examples
 from .records import TrialRecord
 from .report import FILE, broken, write_report
 from .run import RunView

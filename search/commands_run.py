@@ -11,12 +11,12 @@ from pydantic import ValidationError
 
 from ..proxies.recipe import TrainConfig
 from ..proxies.tasks import TASKS, ProxyConfig, find_task
-from .commands_look import WHAT, AsJson, Depth, Width, examples
 from .commands_result import print_outcome
 from .driver import Interrupted, search
 from .dryrun import dry_run, print_dry_run
 from .evaluate import resolve_device
 from .front import outcome_dict, outcome_of
+from .options import WHAT, AsJson, Depth, Width, examples
 from .progress import SearchProgress
 from .report import write_report
 from .source import Source, find_genome

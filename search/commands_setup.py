@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from ..genome.check import TOLERANCE, Disagreement, disagreements
-from .commands_look import AsJson, examples
 from .doctor import examine
+from .options import AsJson, examples
 from .template import write_template
 from .terminal import console, print_json, print_table, say, warn
 

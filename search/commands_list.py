@@ -1,0 +1,181 @@
+"""Commands that list what there is: primitives, tasks, presets."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from ..genome import presets
+from ..primitives.base import Axis, Gene, Point, Primitive, show_gene
+from ..primitives.catalogue import CATALOGUE, find
+from ..proxies.tasks import TASKS, find_task
+from .options import AsJson, examples
+from .terminal import print_hanging, print_json, print_table, say
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog=examples("mendel primitives", "mendel primitives mamba2", "mendel primitives --json")
+)
+def primitives(
+    name: Annotated[str | None, typer.Argument(help="A primitive or a named point.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the operators that a genome can use, or everything about one of them."""
+    if name is None:
+        if as_json:
+            print_json([_primitive_dict(p) for p in CATALOGUE])
+            return
+        rows = [
+            [p.name, p.kind, p.summary, ", ".join(point.name for point in p.points)]
+            for p in CATALOGUE
+        ]
+        print_table(
+            ["primitive", "kind", "what it is", "named points"],
+            rows,
+            fold=["what it is", "named points"],
+        )
+        return
+    primitive, point = find(name)
+    if as_json:
+        print_json(_primitive_dict(primitive))
+        return
+    say(f"{primitive.name} ({primitive.kind}): {primitive.summary}", "bold")
+    say(f"Source: {primitive.source}", "dim")
+    chosen = primitive.defaults()
+    if point is not None:
+        say(f"{point.name}: {_genes_text(primitive, point) or 'all defaults'}. {point.doc}".strip())
+        say(f"Source: {point.source}", "dim")
+        chosen |= dict(point.genes)
+    say()
+    say("Axes, with the value here", "bold")
+    print_hanging([(axis.name, _axis_text(axis, chosen[axis.name])) for axis in primitive.axes])
+    if primitive.points and point is None:
+        say()
+        say("Named points, with what differs from the axes' values above", "bold")
+        print_hanging(
+            [
+                (p.name, f"{_genes_text(primitive, p) or 'nothing'}\n{p.source}")
+                for p in primitive.points
+            ]
+        )
+
+
+def _axis_text(axis: Axis, value: Gene) -> str:
+    searched = ", ".join(show_gene(v) for v in axis.search)
+    # Where every option is searched, once is enough.
+    more = f"; searched {searched}" if searched and set(axis.search) != set(axis.options) else ""
+    return f"{show_gene(value)}  ({axis.allowed()}{more})\n{axis.doc}"
+
+
+def _genes_text(primitive: Primitive, point: Point) -> str:
+    """The genes in which a point differs from the primitive's defaults."""
+    defaults = primitive.defaults()
+    return ", ".join(
+        f"{k}={show_gene(v)}"
+        for k, v in point.genes.items()
+        if show_gene(defaults[k]) != show_gene(v)
+    )
+
+
+def _primitive_dict(primitive: Primitive) -> dict[str, Any]:
+    return {
+        "name": primitive.name,
+        "kind": primitive.kind,
+        "summary": primitive.summary,
+        "source": primitive.source,
+        "lends": primitive.lends,
+        "liv": vars(primitive.liv),
+        "axes": [_axis_dict(axis) for axis in primitive.axes],
+        "points": [
+            {"name": p.name, "genes": dict(p.genes), "source": p.source, "doc": p.doc}
+            for p in primitive.points
+        ],
+    }
+
+
+def _axis_dict(axis: Axis) -> dict[str, Any]:
+    return {
+        "name": axis.name,
+        "default": axis.default,
+        "doc": axis.doc,
+        "allowed": axis.allowed(),
+        "options": list(axis.options),
+        "low": axis.low,
+        "high": axis.high,
+        "search": list(axis.search),
+    }
+
+
+@app.command(
+    epilog=examples("mendel tasks", "mendel tasks in-context-recall", "mendel tasks --json")
+)
+def tasks(
+    name: Annotated[str | None, typer.Argument(help="A task.")] = None, as_json: AsJson = False
+) -> None:
+    """List the proxy tasks that judge a candidate, or the settings of one."""
+    rows = list(TASKS.values()) if name is None else [find_task(name)]
+    if as_json:
+        found = [
+            {
+                "name": row.name,
+                "summary": row.summary,
+                "score": row.score,
+                "source": row.source,
+                "settings": {
+                    key: {"default": field.default, "doc": field.description or ""}
+                    for key, field in row.settings.model_fields.items()
+                },
+            }
+            for row in rows
+        ]
+        print_json(found if name is None else found[0])
+        return
+    if name is None:
+        print_table(
+            ["task", "what it asks", "score (0..1)", "source"],
+            [[r.name, r.summary, r.score, r.source] for r in rows],
+            fold=["what it asks", "score (0..1)", "source"],
+        )
+        return
+    row = rows[0]
+    say(f"{row.name}: {row.summary}", "bold")
+    say(f"Score: {row.score}. Source: {row.source}", "dim")
+    say()
+    print_table(
+        ["setting", "default", "what it does"],
+        [
+            [key, json.dumps(field.default, default=str), field.description or ""]
+            for key, field in row.settings.model_fields.items()
+        ],
+        fold=["default", "what it does"],
+    )
+
+
+@app.command(name="presets", epilog=examples("mendel presets", "mendel presets --json"))
+def list_presets(as_json: AsJson = False) -> None:
+    """List the published designs that ship with mendel; they are the baselines of searches."""
+    rows = [presets.describe(name) for name in presets.names()]
+    if as_json:
+        print_json(
+            [
+                {
+                    "name": p.name,
+                    "summary": p.summary,
+                    "source": p.source,
+                    "motif": p.motif,
+                    "depth": p.depth,
+                    "header": p.header,
+                }
+                for p in rows
+            ]
+        )
+        return
+    print_hanging([(p.name, f"{_flat(p.summary)}\n{p.motif}\n{_flat(p.source)}") for p in rows])
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())
