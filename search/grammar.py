@@ -96,8 +96,11 @@ class Grammar(Protocol):
         """A genome by the chooser's choices, repaired."""
         ...
 
-    def child(self, parents: Sequence[Genome], rng: np.random.Generator) -> tuple[Genome, str]:
-        """A variation of one or two parents, and its description. May raise GeneError."""
+    def child(
+        self, parents: Sequence[Genome], rng: np.random.Generator, least_changes: int = 0
+    ) -> tuple[Genome, str]:
+        """A variation of one or two parents, and its description. With `least_changes` it has so
+        many mutations at least. May raise GeneError."""
         ...
 
     def hash(self, genome: Genome) -> str:
@@ -130,14 +133,20 @@ class SpaceGrammar:
     def build(self, choose: Choose) -> Genome:
         return repair(sample(self.space, choose), self.space)
 
-    def child(self, parents: Sequence[Genome], rng: np.random.Generator) -> tuple[Genome, str]:
+    def child(
+        self, parents: Sequence[Genome], rng: np.random.Generator, least_changes: int = 0
+    ) -> tuple[Genome, str]:
         if len(parents) == 1:
-            return mutate(parents[0], self.space, rng)
-        child, words = cross(parents[0], parents[1], self.space, rng)
-        if rng.random() < MUTATED_CHILDREN:
-            child, more = mutate(child, self.space, rng)
-            words = f"{words}; {more}"
-        return child, words
+            child, words = parents[0], []
+            changes = max(1, least_changes)
+        else:
+            child, how = cross(parents[0], parents[1], self.space, rng)
+            words = [how]
+            changes = max(int(rng.random() < MUTATED_CHILDREN), least_changes)
+        for _ in range(changes):
+            child, how = mutate(child, self.space, rng)
+            words.append(how)
+        return child, "; ".join(words)
 
     def hash(self, genome: Genome) -> str:
         return canonical_hash(genome)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from .grammar import Proposal
 from .journal import RunJournal
@@ -31,6 +31,21 @@ _STATES: dict[RecordState, TrialState] = {
 }
 
 
+class _Journal(JournalStorage):
+    """Optuna's `ask` looks through all trials for one that waits, a tenth of a second's work at
+    100,000; a run enqueues none."""
+
+    def get_all_trials(
+        self,
+        study_id: int,
+        deepcopy: bool = True,
+        states: Container[TrialState] | None = None,
+    ) -> list[FrozenTrial]:
+        if states == (TrialState.WAITING,):
+            return []
+        return super().get_all_trials(study_id, deepcopy, states)
+
+
 class Ledger:
     """What is stored of every trial. Reads the storage once, then keeps up in memory: Optuna's own
     queries copy every trial each time."""
@@ -49,7 +64,7 @@ class Ledger:
         try:
             self._journal = RunJournal(store.journal_path) if study.storage is None else None
             self._storage: BaseStorage = (
-                JournalStorage(self._journal)
+                _Journal(self._journal)
                 if self._journal is not None
                 else optuna.storages.get_storage(study.storage)
             )

@@ -32,6 +32,10 @@ HOPELESS = 3
 """Infeasible random draws after which one of them is proposed as it is."""
 
 
+MOST_CHANGES = 3
+"""Mutations of a child after as many duplicates."""
+
+
 class Exhausted(Exception):
     """The space seems to hold no candidate that was not seen before."""
 
@@ -101,7 +105,11 @@ class GenomeSampler(BaseSampler):
         infeasible: list[Proposal] = []
         for attempt in range(self.attempts + ATTEMPTS):
             try:
-                draw = self.draw(rng) if attempt < self.attempts else Draw(self.grammar.sample(rng))
+                draw = (
+                    self.draw(rng, attempt)
+                    if attempt < self.attempts
+                    else Draw(self.grammar.sample(rng))
+                )
             except GeneError:
                 continue
             key = self.grammar.hash(draw.genome)
@@ -120,8 +128,9 @@ class GenomeSampler(BaseSampler):
         return infeasible[0]
 
     @abstractmethod
-    def draw(self, rng: np.random.Generator) -> Draw:
-        """A candidate; duplicates are refused by the caller. May raise GeneError."""
+    def draw(self, rng: np.random.Generator, attempt: int) -> Draw:
+        """A candidate; duplicates are refused by the caller, who then asks again and counts the
+        attempts from 0. May raise GeneError."""
 
     def adopt(self, number: int, proposal: Proposal) -> None:
         """The trial has this proposal, new or stored in an earlier life of the run."""
@@ -138,7 +147,7 @@ class GenomeSampler(BaseSampler):
 class RandomSampler(GenomeSampler):
     """Genomes drawn from the grammar, each at most once."""
 
-    def draw(self, rng: np.random.Generator) -> Draw:
+    def draw(self, rng: np.random.Generator, attempt: int) -> Draw:
         return Draw(self.grammar.sample(rng))
 
 
@@ -188,7 +197,7 @@ class EvolutionSampler(GenomeSampler):
             ranked += [level[i] for i in order(losses)]
         return ranked
 
-    def draw(self, rng: np.random.Generator) -> Draw:
+    def draw(self, rng: np.random.Generator, attempt: int) -> Draw:
         if self.drawn < self.population or not self.parents:
             return Draw(self.grammar.sample(rng))
         wanted = 2 if len(self.parents) > 1 and rng.random() < self.crossover else 1
@@ -198,7 +207,9 @@ class EvolutionSampler(GenomeSampler):
             winner = self.parents[int(rng.integers(len(self.parents), size=self.tournament).min())]
             if winner not in chosen:
                 chosen.append(winner)
-        genome, words = self.grammar.child([self._candidates[n].draw.genome for n in chosen], rng)
+        parents = [self._candidates[n].draw.genome for n in chosen]
+        # Parents that have grown alike have few new children without a change, then without two.
+        genome, words = self.grammar.child(parents, rng, least_changes=min(attempt, MOST_CHANGES))
         return Draw(genome, tuple(chosen), words)
 
 
@@ -236,7 +247,7 @@ class TpeSampler(GenomeSampler):
                 )
             )
 
-    def draw(self, rng: np.random.Generator) -> Draw:
+    def draw(self, rng: np.random.Generator, attempt: int) -> Draw:
         # Group and multivariate are marked experimental, and a choice that the last genome did not
         # have is drawn by itself; saying so each time tells a user nothing.
         optuna.logging.set_verbosity(optuna.logging.ERROR)

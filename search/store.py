@@ -84,6 +84,8 @@ class RunStore:
         self.folder = folder
         self._lock: TextIO | None = None
         self._events: TextIO | None = None
+        self._made: set[int] = set()
+        """Trials whose folders are there."""
         self._told: dict[tuple[Any, ...], str] = {}
         """When each event that is told once was told."""
 
@@ -137,7 +139,9 @@ class RunStore:
     def trial_folder(self, number: int) -> Path:
         """The folder of a trial; made where it is missing."""
         folder = trial_folder(self.folder, number)
-        folder.mkdir(parents=True, exist_ok=True)
+        if number not in self._made:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._made.add(number)
         return folder
 
     def drop_checkpoints(self, number: int) -> None:

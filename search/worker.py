@@ -89,7 +89,8 @@ def warm_up() -> None:
     """Load what a first training step loads, seconds of imports, so that no candidate pays."""
     weight = torch.nn.Parameter(torch.ones(2, 2))
     optimizer = torch.optim.AdamW([weight], fused=True)
-    functional.cross_entropy(weight, torch.zeros(2, dtype=torch.int64)).backward()
+    loss = functional.cross_entropy(weight, torch.zeros(2, dtype=torch.int64))
+    loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
 
 

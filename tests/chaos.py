@@ -39,7 +39,7 @@ def logged(job: Job) -> dict[str, Any]:
     """The real evaluation; a line is kept of each that ended."""
     content = real(job)
     time.sleep(0.1)
-    log = Path(job["folder"]).parent.parent.parent / "evaluations"
+    log = Path(job["folder"]).parent.parent / "evaluations"
     with log.open("a") as handle:
         handle.write(f"{job['trial']} {job['rung']}\n")
     return content
