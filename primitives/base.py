@@ -200,6 +200,20 @@ class Liv:
 
 
 @dataclass(frozen=True)
+class View:
+    """A recurrent layer's place in the unified view, one line each.
+
+    `update`: the state's update in symbols. `stores`: what the state holds. `forgets`: how it lets
+    go. `loss`: the loss that the update descends, the state being the weights.
+    """
+
+    update: str
+    stores: str
+    forgets: str
+    loss: str
+
+
+@dataclass(frozen=True)
 class Point:
     """A published layer as a setting of a primitive's axes; other axes keep their defaults."""
 
@@ -208,6 +222,8 @@ class Point:
     source: str
     """Paper and arXiv number."""
     doc: str = ""
+    view: View | None = None
+    """Its place among the recurrences; None where there is no recurrent state."""
 
 
 @dataclass(frozen=True)

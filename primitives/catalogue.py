@@ -11,7 +11,7 @@ from .delta import DELTA
 from .gated_scan import GATED_SCAN
 from .mlp import MLP
 from .moe import MOE
-from .recurrence import RECURRENCE
+from .recurrence_axes import RECURRENCE
 
 CATALOGUE: tuple[Primitive, ...] = (
     ATTENTION,

@@ -18,7 +18,7 @@ from .base import Axis, GeneError, state_dtype
 
 TAPS = (0, 2, 3, 4, 5, 6, 7, 8)
 GATES = ("none", "silu", "sigmoid")
-NORMS = ("none", "rmsnorm", "groupnorm", "gated-rmsnorm")
+NORMS = ("none", "rmsnorm", "rmsnorm-all", "groupnorm", "gated-rmsnorm")
 EPS = 1e-5
 
 
@@ -115,9 +115,10 @@ def short_conv_params(channels: int, taps: int, bias: bool) -> int:
 class ReadOutNorm(nn.Module):
     """From the read-outs of the heads, (B, T, H, V), to (B, T, F), normalised and gated.
 
-    `rmsnorm`: RMS of each head, one scale per channel of a head, then the gate. `groupnorm`: mean
-    and variance of each head, scale and shift per channel of F, then the gate. `gated-rmsnorm`: the
-    gate first, then the RMS of each of `groups` parts of F, scale per channel of F (Mamba-2).
+    `rmsnorm`: RMS of each head, one scale per channel of a head, then the gate. `rmsnorm-all`: RMS
+    of all heads together, scale per channel of F, then the gate. `groupnorm`: mean and variance of
+    each head, scale and shift per channel of F, then the gate. `gated-rmsnorm`: the gate first,
+    then the RMS of each of `groups` parts of F, scale per channel of F (Mamba-2).
     """
 
     def __init__(
@@ -139,6 +140,8 @@ class ReadOutNorm(nn.Module):
         elif self.norm == "groupnorm":
             o = F.layer_norm(o, (width,), None, None, self.eps)
         y = o.flatten(2)
+        if self.norm == "rmsnorm-all":
+            y = F.rms_norm(y, (y.shape[-1],), self.weight.to(y.dtype), self.eps)
         if self.norm == "groupnorm":
             y = torch.addcmul(self.bias.to(y.dtype), y, self.weight.to(y.dtype))
         if z is not None:
@@ -153,7 +156,7 @@ class ReadOutNorm(nn.Module):
 
 def read_out_norm_params(norm: str, heads: int, value_dim: int) -> int:
     inner = heads * value_dim
-    return {"none": 0, "rmsnorm": value_dim, "groupnorm": 2 * inner, "gated-rmsnorm": inner}[norm]
+    return {"none": 0, "rmsnorm": value_dim, "groupnorm": 2 * inner}.get(norm, inner)
 
 
 class Dt(nn.Module):

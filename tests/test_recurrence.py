@@ -14,6 +14,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from mendel.primitives.base import Gene, GeneError, Site
 from mendel.primitives.catalogue import resolve
+from mendel.primitives.decays import InputDecay
 from mendel.primitives.recurrence import Recurrence, RecurrenceConfig
 
 
@@ -201,7 +202,8 @@ def test_sigmoid_decay_is_its_formula() -> None:
     x = tokens(15, torch.float64)
     v, k, q, d = torch.split(x @ ours.in_proj.weight.T, [128, 64, 64, 2], -1)
     v, k, q = (t.view(2, 15, 2, -1) for t in (v, k, q))
-    total = (torch.sigmoid(d + ours.decay_bias) ** (1 / 16)).log().cumsum(1).transpose(1, 2)
+    assert isinstance(ours.decay, InputDecay)
+    total = (torch.sigmoid(d + ours.decay.bias[:, 0]) ** (1 / 16)).log().cumsum(1).transpose(1, 2)
     weight = torch.exp(total[..., :, None] - total[..., None, :]).tril()
     scores = torch.einsum("bthk,bshk->bhts", q, k) * weight / 32**0.5
     o = torch.einsum("bhts,bshv->bthv", scores, v).flatten(2)
@@ -296,8 +298,10 @@ def test_a_form_of_decay_that_is_not_there_makes_no_difference() -> None:
         ({"groups": 3}, "groups=3 does not divide the 4 heads"),
         ({"expand": 1.01}, "no whole number of channels"),
         ({"rotary": True, "key_dim": 15}, "key_dim=15 is odd"),
-        ({"normaliser": True}, "needs feature=elu\\+1 and rotary=false"),
+        ({"normaliser": True}, "must be positive"),
         ({"normaliser": True, "feature": "elu+1", "rotary": True}, "rotary=false"),
+        ({"feature": "taylor", "key_dim": 64}, "key_dim=64 is above 32"),
+        ({"feature": "hedgehog", "decay": "vector"}, "decay=vector is one per key channel"),
     ],
 )
 def test_what_does_not_divide_is_refused(genes: dict[str, Gene], sentence: str) -> None:

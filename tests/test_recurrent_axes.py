@@ -15,7 +15,7 @@ from mendel.primitives.base import Gene, GeneError, Operator, Primitive, Site
 from mendel.primitives.conv import SHORT_CONV
 from mendel.primitives.delta import DELTA
 from mendel.primitives.gated_scan import GATED_SCAN
-from mendel.primitives.recurrence import RECURRENCE
+from mendel.primitives.recurrence_axes import RECURRENCE
 from mendel.primitives.recurrent_parts import auto_heads
 
 WIDTH, TOKENS = 32, 19
@@ -112,7 +112,8 @@ def test_autocast_keeps_the_state_in_float32(primitive: Primitive, genes: dict[s
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
     assert state is not None
     dtypes = {name: t.dtype for name, t in state.tensors.items()}
-    assert dtypes.pop("conv", torch.bfloat16) == torch.bfloat16
+    for inputs in ("conv", "shift"):
+        assert dtypes.pop(inputs, torch.bfloat16) == torch.bfloat16
     assert set(dtypes.values()) <= {torch.float32}
 
 
