@@ -131,16 +131,21 @@ def _chunked(
             o = o + q @ before
         return cut.join(o).to(out_dtype), final
     total = prefix_sums(log_decay, cut)
+    end = total[..., -1:, :]
+    since_start, to_end = total.to(dtype).exp(), (end - total).to(dtype).exp()
     if form == "vector":
         scores = _vector_scores(q, k, prefix_sums(log_decay.clamp_min(FORGOTTEN), cut))
+        written = (k * to_end).mT @ v
     else:
         scores = q @ k.mT * causal_exp(total, dtype)
-    end = total[..., -1:, :]
-    written = (k * (end - total).to(dtype).exp()).mT @ v
+        # A decay that is the same for all of a key may weigh the values, often the narrower ones.
+        written = k.mT @ (v * to_end)
     before, final = carry(written, end.to(dtype).exp().mT, state)
     o = scores @ v
-    if before is not None:
-        o = o + (q * total.to(dtype).exp()) @ before
+    if before is not None and form == "vector":
+        o = o + (q * since_start) @ before
+    elif before is not None:
+        o = torch.addcmul(o, q @ before, since_start)
     return cut.join(o).to(out_dtype), final
 
 
