@@ -83,7 +83,7 @@ class SerialExecutor:
         self._plan = plan
         self._queue: deque[Task] = deque()
         torch.set_num_threads(plan.threads)
-        warm_up()
+        warm_up(plan.evaluate)
 
     def submit(self, task: Task) -> None:
         self._queue.append(task)
@@ -100,13 +100,13 @@ class SerialExecutor:
 class _Actor:
     """A worker process. Created through Ray."""
 
-    def __init__(self, threads: int, cores: list[int] | None) -> None:
+    def __init__(self, evaluate: str, threads: int, cores: list[int] | None) -> None:
         # Ctrl-C at the terminal reaches every process; only the driver decides what it means.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if cores:
             os.sched_setaffinity(0, cores)
         torch.set_num_threads(threads)
-        warm_up()
+        warm_up(evaluate)
 
     def ready(self) -> int:
         return os.getpid()
@@ -202,7 +202,7 @@ class RayExecutor:
         actor = ray.remote(_Actor).options(
             num_cpus=self._plan.threads, num_gpus=1 if self._plan.gpus else 0, max_restarts=0
         )
-        slot.actor = actor.remote(self._plan.threads, slot.cores)
+        slot.actor = actor.remote(self._plan.evaluate, self._plan.threads, slot.cores)
         slot.reference = slot.actor.ready.remote()
         slot.task, slot.jobs = None, 0
         slot.deadline = time.monotonic() + START_SECONDS

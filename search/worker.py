@@ -85,8 +85,10 @@ def run_job(evaluate: str, payload: Payload, limits: Limits, *, alarm: bool) -> 
     return {"failure": asdict(failure)}
 
 
-def warm_up() -> None:
-    """Load what a first training step loads, seconds of imports, so that no candidate pays."""
+def warm_up(evaluate: str) -> None:
+    """Load the evaluation and what a first training step loads, seconds of imports, so that no
+    candidate's time pays for them."""
+    find(evaluate)
     weight = torch.nn.Parameter(torch.ones(2, 2))
     optimizer = torch.optim.AdamW([weight], fused=True)
     loss = functional.cross_entropy(weight, torch.zeros(2, dtype=torch.int64))
