@@ -32,6 +32,7 @@ th{font-weight:600;white-space:nowrap}
 td:first-child{white-space:nowrap}
 .facts td:first-child{white-space:normal}
 td.n,th.n{text-align:right;white-space:nowrap}
+td:has(>code){min-width:260px}
 tr.base td:first-child{color:var(--base);font-weight:600}
 tr.mark td:first-child{color:var(--accent);font-weight:600}
 code{font:13px ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wrap:anywhere}
