@@ -90,7 +90,7 @@ def outline(genome: Genome, cost: ModelCost) -> Outline:
         elif node["kind"] == "join":
             joins[node["slot"]] = node["join"]
     rows = [
-        Row(i, tuple(branches), joins.get(i, ""), cost.slots[i])
+        Row(i, tuple(sorted(branches, key=_shares)), joins.get(i, ""), cost.slots[i])
         for i, branches in sorted(boxes.items())
     ]
     blocks = fold(rows)
@@ -145,6 +145,11 @@ def _better_later(rows: Sequence[Row], patterns: Sequence[object], start: int) -
         rows[i].boxes[0].kind == "mixer" and _longest_repeat(patterns, i) == (period, count)
         for i in later
     )
+
+
+def _shares(box: Box) -> bool:
+    """Branches that share stand last, beside the rails; no join minds the order."""
+    return box.weights is not None or box.features is not None
 
 
 def _box(op: Op, borrows: bool) -> Box:
