@@ -78,7 +78,6 @@ FIRST = {"DECAY": False, "prefix_ptr": None, "H": 1, "N": 1}
 """What a launch turns into constants: one head, one chunk, no decay."""
 
 KERNELS: list[tuple[str, str, dict[str, Any]]] = [
-    ("matrix_state", "_states", {**WIDE, **TILES, "START": True, "REVERSE": False}),
     ("matrix_state", "_states", {**WIDE, **TILES, "START": True, "REVERSE": True}),
     ("matrix_state", "_outputs", {**WIDE, **TILES}),
     ("matrix_state", "_gradients", {**WIDE, **TILES}),
