@@ -77,19 +77,23 @@ def delta_rule(
     k: BTHK,
     v: BTHV,
     beta: BTH,
-    log_decay: BTH | None,
+    log_decay: BTH | BTHK | None,
     state: BHKV | None,
     scale: float,
 ) -> tuple[BTHV, BHKV]:
-    """S_t = e^{g_t} (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T;  o_t = scale S_t^T q_t."""
+    """S_t = (I - beta_t k_t k_t^T) Diag(exp g_t) S_{t-1} + beta_t k_t v_t^T, o_t = scale S_t^T q_t.
+
+    A decay per token and head is the same for all key channels.
+    """
     batch, tokens, heads, key_width = q.shape
     dtype = accumulator(q, k, v, beta, log_decay, state)
     q_, k_, v_, b_ = (t.to(dtype) for t in (q, k, v, beta))
     S = _initial(state, (batch, heads, key_width, v.shape[-1]), dtype, q)
     g = torch.zeros_like(b_) if log_decay is None else log_decay.to(dtype)
+    g = g if g.ndim == 4 else g[..., None]
     o = []
     for t in range(tokens):
-        S = g[:, t, :, None, None].exp() * S
+        S = g[:, t, :, :, None].exp() * S
         read = torch.einsum("bhkv,bhk->bhv", S, k_[:, t])
         write = b_[:, t, :, None] * (v_[:, t] - read)
         S = S + k_[:, t, :, :, None] * write[:, :, None, :]

@@ -1,8 +1,9 @@
 """The (gated) delta rule: a state that forgets what a key held before it writes.
 
-S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,  o_t = scale * S_t^T q_t.
+S_t = (I - beta_t k_t k_t^T) Diag(exp g_t) S_{t-1} + beta_t k_t v_t^T,  o_t = scale * S_t^T q_t.
 
-DeltaNet (arXiv 2102.11174; chunks 2406.06484) without decay, Gated DeltaNet (2412.06464) with one.
+DeltaNet (arXiv 2102.11174; chunks 2406.06484) without decay, Gated DeltaNet (2412.06464) with one
+per head and token, Kimi Delta Attention (2510.26692) with one per key channel and token.
 The keys are taken as they are: a layer that wants them of length 1 normalises them.
 """
 
@@ -16,6 +17,7 @@ from .backend import choose, kernels, without_autocast
 from .chunks import Cut, causal_exp, prefix_sums
 from .definitions import accumulator
 from .letters import BHKV, BTH, BTHK, BTHV
+from .matrix_state import FORGOTTEN, vector_scores
 
 CHUNK = 32
 """Tokens of a chunk: the fastest of 32, 64, 128 on a CPU for heads of 16 to 64."""
@@ -27,7 +29,7 @@ def delta_rule(
     k: BTHK,
     v: BTHV,
     beta: BTH,
-    log_decay: BTH | None = None,
+    log_decay: BTH | BTHK | None = None,
     state: BHKV | None = None,
     *,
     scale: float | None = None,
@@ -41,7 +43,8 @@ def delta_rule(
     """
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    backend = choose("delta_rule", q.device)
+    form = "vector" if log_decay is not None and log_decay.ndim == 4 else None
+    backend = choose("delta_rule", q.device, form)
     if backend == "definition":
         return definitions.delta_rule(q, k, v, beta, log_decay, state, scale)
     if backend == "triton":
@@ -73,7 +76,7 @@ def _step(
     else:
         old = state.to(dtype)
         if log_decay is not None:
-            old = old * log_decay.to(dtype).exp().view(batch, heads, 1, 1)
+            old = old * log_decay.to(dtype).exp().view(batch, heads, -1, 1)
         old = old.reshape(n, key_width, value_width)
     write = torch.baddbmm(write, key, old, alpha=-1) * beta.to(dtype).reshape(n, 1, 1)
     new = torch.baddbmm(old, key.mT, write)
@@ -105,16 +108,18 @@ def _chunked(
     q, k, v = cut(q.to(dtype) * scale), cut(k.to(dtype)), cut(v.to(dtype))
     strength = cut(beta.to(dtype).unsqueeze(-1))
     weighted = k * strength
-    scores = q @ k.mT
-    overlap = weighted @ k.mT
     if log_decay is None:
-        scores = scores.tril()
+        scores, overlap = (q @ k.mT).tril(), weighted @ k.mT
         read, ending, kept = q, k, None
         erase = weighted
     else:
         total = prefix_sums(log_decay, cut)
-        between = causal_exp(total, dtype)
-        scores, overlap = scores * between, overlap * between
+        if log_decay.ndim == 4:
+            near = prefix_sums(log_decay.clamp_min(FORGOTTEN), cut)
+            scores, overlap = (vector_scores(t, k, near) for t in (q, weighted))
+        else:
+            between = causal_exp(total, dtype)
+            scores, overlap = q @ k.mT * between, weighted @ k.mT * between
         since_start = total.to(dtype).exp()
         end = total[..., -1:, :]
         read, erase = q * since_start, weighted * since_start

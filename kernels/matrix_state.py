@@ -134,7 +134,7 @@ def _chunked(
     end = total[..., -1:, :]
     since_start, to_end = total.to(dtype).exp(), (end - total).to(dtype).exp()
     if form == "vector":
-        scores = _vector_scores(q, k, prefix_sums(log_decay.clamp_min(FORGOTTEN), cut))
+        scores = vector_scores(q, k, prefix_sums(log_decay.clamp_min(FORGOTTEN), cut))
         written = (k * to_end).mT @ v
     else:
         scores = q @ k.mT * causal_exp(total, dtype)
@@ -149,7 +149,7 @@ def _chunked(
     return cut.join(o).to(out_dtype), final
 
 
-def _vector_scores(q: Tensor, k: Tensor, total: Tensor) -> Tensor:
+def vector_scores(q: Tensor, k: Tensor, total: Tensor) -> Tensor:
     """sum_k q_ik exp(G_ik - G_jk) k_jk for j <= i, else 0, as one product per chunk.
 
     The factors exp(G_i - M) and exp(M - G_j), M the sum at the middle of the chunk, stay in

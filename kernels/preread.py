@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import definitions
-from .backend import choose
+from .backend import choose, without_autocast
 from .definitions import accumulator
 from .letters import BHKV, BTH, BTHK, BTHV, HK, H
 from .matrix_state import decay_form, matrix_state
 
 
+@without_autocast
 def matrix_state_preread(
     q: BTHK,
     k: BTHK,

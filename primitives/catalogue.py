@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from .attention import ATTENTION
 from .base import Gene, GeneError, Point, Primitive
 from .conv import SHORT_CONV
-from .delta import DELTA
+from .delta_axes import DELTA
 from .gated_scan import GATED_SCAN
 from .mlp import MLP
 from .moe import MOE

@@ -1,12 +1,11 @@
-"""The (gated) delta rule: DeltaNet, Gated DeltaNet and between.
+"""The (gated) delta rule: DeltaNet, Gated DeltaNet, Kimi Delta Attention, DeltaProduct and between.
 
-Per head, S_t = a_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T and o_t = S_t^T q_t / sqrt(K):
-before it writes, the state forgets what it held under the key.
+Per head, S_t = (I - beta_t k_t k_t^T) Diag(a_t) S_{t-1} + beta_t k_t v_t^T and
+o_t = S_t^T q_t / sqrt(K): before it writes, the state forgets what it held under the key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,25 +14,19 @@ from torch.nn import functional as F
 
 from ..kernels.delta_rule import delta_rule
 from ..kernels.letters import BTD
-from .base import Axis, Cost, Gene, Liv, Operator, Point, Primitive, Site, State, state_dtype
-from .genes import choice, flag, number, whole
+from .base import Cost, Operator, State, state_dtype
+from .decays import InputDecay
 from .recurrent_parts import (
-    GATES,
     Dt,
     ReadOutNorm,
     ShortConv,
     at_least_float32,
     full_precision,
-    group_count,
-    head_count,
-    inner_width,
     read_out_norm_params,
     repeat_groups,
     short_conv_params,
-    taps_axis,
 )
 
-HEAD_TARGET = 128
 NORM_EPS = 1e-6
 
 
@@ -49,9 +42,12 @@ class DeltaConfig:
     conv: int
     activation: str
     decay: str
+    decay_rank: int
+    steps: int
     negative_eigenvalues: bool
     qk_norm: str
     gate: str
+    gate_rank: int
     norm: str
 
     @property
@@ -60,27 +56,35 @@ class DeltaConfig:
         return self.heads * self.value_dim
 
     @property
+    def keys(self) -> int:
+        """Channels of one step's keys, and of the queries."""
+        return self.groups * self.key_dim
+
+    @property
     def mixed(self) -> int:
         """Channels of q, k and v together: what the convolution and the activation act on."""
-        return self.inner + 2 * self.groups * self.key_dim
+        return self.keys + self.steps * (self.keys + self.inner)
 
     @property
     def splits(self) -> list[int]:
         """Widths of (q, k, v), gate, beta and decay in the input projection."""
-        gate = self.inner if self.gate != "none" else 0
-        return [self.mixed, gate, self.heads, self.heads if self.decay == "scalar" else 0]
+        gate = (self.gate_rank or self.inner) if self.gate != "none" else 0
+        decay = {"none": 0, "scalar": self.heads, "vector": self.decay_rank}[self.decay]
+        return [self.mixed, gate, self.steps * self.heads, decay]
 
     def cost(self, context: int, dtype: torch.dtype) -> Cost:
         projections = self.width * (sum(self.splits) + self.inner)
+        projections += self.gate_rank * self.inner + self.decay_rank * self.keys
         matrix = self.heads * self.key_dim * self.value_dim
+        decay = {"none": 0, "scalar": 2 * self.heads, "vector": self.keys + self.groups}
         params = (
             projections
             + short_conv_params(self.mixed, self.conv, bias=False)
-            + (2 * self.heads if self.decay == "scalar" else 0)
+            + decay[self.decay]
             + read_out_norm_params(self.norm, self.heads, self.value_dim)
         )
-        # The state is read under the key, written, and read under the query, once per token.
-        flops = 2 * (projections + self.mixed * self.conv + 3 * matrix)
+        # In every step the state is read under the key, written, and read under the query.
+        flops = 2 * (projections + self.mixed * self.conv + 3 * self.steps * matrix)
         tail = self.mixed * max(self.conv - 1, 0) * dtype.itemsize
         return Cost(params, params, float(flops), tail + matrix * state_dtype(dtype).itemsize)
 
@@ -91,8 +95,9 @@ class DeltaConfig:
 class Delta(Operator):
     """See the module. `in_proj` makes queries, keys, values, gate, beta and decays, in this order.
 
-    The decay is Mamba-2's, exp(-exp(A_log) softplus(x + b)); beta is a sigmoid, twice as large
-    where negative eigenvalues are allowed (arXiv 2411.12537).
+    The decay is Mamba-2's, exp(-exp(A_log) softplus(x + b)), a vector's x made of `decay_rank`
+    numbers; beta is a sigmoid, twice as large where negative eigenvalues are allowed (arXiv
+    2411.12537). With several steps a token decays the state once, then writes several times.
     """
 
     def __init__(self, config: DeltaConfig) -> None:
@@ -101,6 +106,12 @@ class Delta(Operator):
         self.in_proj = nn.Linear(c.width, sum(c.splits), bias=False)
         self.conv = ShortConv(c.mixed, c.conv, False, c.activation) if c.conv else None
         self.dt = Dt(c.heads) if c.decay == "scalar" else None
+        self.decay = (
+            InputDecay("dt", c.groups, c.key_dim, c.decay_rank, 0.0)
+            if c.decay == "vector"
+            else None
+        )
+        self.gate_up = nn.Linear(c.gate_rank, c.inner, bias=False) if c.gate_rank else None
         self.norm = ReadOutNorm(c.norm, c.gate, c.heads, c.value_dim, c.groups, NORM_EPS)
         self.out_proj = nn.Linear(c.inner, c.width, bias=False)
 
@@ -114,25 +125,32 @@ class Delta(Operator):
             mixed, tail = self.conv(mixed, tensors.get("conv"))
         elif c.activation == "silu":
             mixed = F.silu(mixed)
-        keys = c.groups * c.key_dim
-        q, k, v = mixed.split([keys, keys, c.inner], dim=-1)
-        q, k = (t.unflatten(-1, (c.groups, c.key_dim)) for t in (q, k))
-        q, k = unit_length(q, c.qk_norm), unit_length(k, c.qk_norm)
+        q, k, v = mixed.split([c.keys, c.steps * c.keys, c.steps * c.inner], dim=-1)
+        q = unit_length(q.unflatten(-1, (c.groups, c.key_dim)), c.qk_norm)
+        k = unit_length(k.unflatten(-1, (c.steps * c.groups, c.key_dim)), c.qk_norm)
         beta = torch.sigmoid(at_least_float32(beta))
         if c.negative_eigenvalues:
             beta = 2 * beta
 
-        log_decay = self.dt(decay)[1] if self.dt is not None else None
+        log_decay = None
+        if self.dt is not None:
+            log_decay = self.dt(decay)[1]
+        elif self.decay is not None:
+            log_decay = repeat_groups(self.decay(decay)[0], c.heads)
 
+        batch, tokens, _ = x.shape
+        steps = (
+            repeat_groups(q, c.heads),
+            repeat_groups(k.reshape(batch, tokens * c.steps, c.groups, c.key_dim), c.heads),
+            v.reshape(batch, tokens * c.steps, c.heads, c.value_dim),
+            beta.reshape(batch, tokens * c.steps, c.heads),
+            log_decay,
+            tensors.get("matrix"),
+        )
         with full_precision(x):
-            o, matrix = delta_rule(
-                repeat_groups(q, c.heads),
-                repeat_groups(k, c.heads),
-                v.unflatten(-1, (c.heads, c.value_dim)),
-                beta,
-                log_decay,
-                tensors.get("matrix"),
-            )
+            o, matrix = delta_rule(*steps) if c.steps == 1 else delta_product(*steps)
+        if self.gate_up is not None:
+            z = self.gate_up(z)
         y = self.out_proj(self.norm(o, z if c.gate != "none" else None).to(x.dtype))
         if state is None:
             return y, None
@@ -152,6 +170,36 @@ class Delta(Operator):
         return State(0, tensors)
 
 
+def delta_product(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The delta rule with n steps per token: k, v and beta have n T tokens, q and the decay T.
+
+    A step is a token of the delta rule; the first one decays, the last one is read.
+    """
+    batch, tokens, heads, width = q.shape
+    n = k.shape[1] // tokens
+    if log_decay is not None:
+        first = torch.zeros_like(log_decay).unsqueeze(2).repeat_interleave(n, 2)
+        first[:, :, 0] = log_decay
+        log_decay = first.flatten(1, 2)
+    q = q.unsqueeze(2).expand(batch, tokens, n, heads, width).flatten(1, 2)
+    if tokens > 1 or state is None:
+        o, state = delta_rule(q, k, v, beta, log_decay, state)
+        return o[:, n - 1 :: n], state
+    # A chunk of n steps would solve a system; n steps one by one are cheaper.
+    for i in range(n):
+        at = slice(i, i + 1)
+        decay = None if log_decay is None else log_decay[:, at]
+        o, state = delta_rule(q[:, at], k[:, at], v[:, at], beta[:, at], decay, state)
+    return o, state
+
+
 def unit_length(t: Tensor, norm: str) -> Tensor:
     """t / |t| over the last axis, |.| being the l2 or the l1 norm, held above about 1e-3.
 
@@ -164,121 +212,3 @@ def unit_length(t: Tensor, norm: str) -> Tensor:
     else:
         scale = 1 / (wide.abs().sum(-1, keepdim=True) + 1e-3)
     return (wide * scale).to(t.dtype)
-
-
-def configure(site: Site, genes: Mapping[str, Gene]) -> DeltaConfig:
-    name = "delta"
-    inner = inner_width(name, site.width, number(genes, "expand"))
-    heads = head_count(name, inner, whole(genes, "heads"), HEAD_TARGET)
-    return DeltaConfig(
-        width=site.width,
-        heads=heads,
-        groups=group_count(name, heads, whole(genes, "groups")),
-        key_dim=whole(genes, "key_dim") or max(1, round(site.width / heads)),
-        value_dim=inner // heads,
-        conv=whole(genes, "conv"),
-        activation=choice(genes, "activation"),
-        decay=choice(genes, "decay"),
-        negative_eigenvalues=flag(genes, "negative_eigenvalues"),
-        qk_norm=choice(genes, "qk_norm"),
-        gate=choice(genes, "gate"),
-        norm=choice(genes, "norm"),
-    )
-
-
-DELTA = Primitive(
-    name="delta",
-    kind="mixer",
-    summary="delta rule: a matrix state that overwrites what a key held (DeltaNet, gated)",
-    source="DeltaNet (arXiv 2102.11174, 2406.06484), Gated DeltaNet (arXiv 2412.06464)",
-    liv=Liv("qkv and beta with gate", "semi-separable", "none", "none", "grouped"),
-    axes=(
-        Axis(
-            "heads",
-            0,
-            "heads; 0 takes heads of 128 value channels, or four where the width has no room",
-            low=0.0,
-            search=(0, 2, 4, 8),
-        ),
-        Axis(
-            "key_dim",
-            0,
-            "key width of a head, the state's first axis; 0 is the model's width over the heads",
-            low=0.0,
-            high=256.0,
-            search=(0, 16, 32, 64),
-        ),
-        Axis(
-            "groups",
-            0,
-            "different queries and keys, each shared by heads/groups heads; 0 is one per head",
-            low=0.0,
-            search=(0, 1),
-        ),
-        Axis(
-            "expand",
-            1.0,
-            "width of all values over the model's width",
-            low=0.25,
-            high=8.0,
-            search=(1.0, 2.0),
-        ),
-        taps_axis(4),
-        Axis(
-            "activation",
-            "silu",
-            "of queries, keys and values, after the convolution",
-            options=("none", "silu"),
-            search=("none", "silu"),
-        ),
-        Axis(
-            "decay",
-            "none",
-            "none; scalar: one per head and token, from the input, as in Mamba-2",
-            options=("none", "scalar"),
-            search=("none", "scalar"),
-        ),
-        Axis(
-            "negative_eigenvalues",
-            False,
-            "beta in 0..2 instead of 0..1, so that a write can flip a direction (arXiv 2411.12537)",
-            options=(False, True),
-            search=(False, True),
-        ),
-        Axis(
-            "qk_norm",
-            "l2",
-            "queries and keys are divided by this norm, per head; l1 is the first DeltaNet's"
-            " (arXiv 2102.11174)",
-            options=("l2", "l1"),
-            search=("l2",),
-        ),
-        Axis(
-            "gate",
-            "none",
-            "of the normalised read-out, computed from the input",
-            options=GATES,
-            search=("none", "silu"),
-        ),
-        Axis(
-            "norm",
-            "rmsnorm",
-            "of the read-out, per head, before the gate",
-            options=("none", "rmsnorm", "groupnorm"),
-            search=("rmsnorm",),
-        ),
-    ),
-    configure=configure,
-    points=(
-        Point(
-            "deltanet",
-            {"expand": 1.0, "conv": 4, "activation": "silu", "decay": "none", "gate": "none"},
-            "DeltaNet (arXiv 2406.06484)",
-        ),
-        Point(
-            "gated-deltanet",
-            {"expand": 2.0, "conv": 4, "activation": "silu", "decay": "scalar", "gate": "silu"},
-            "Gated DeltaNet (arXiv 2412.06464)",
-        ),
-    ),
-)

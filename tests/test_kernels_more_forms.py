@@ -1,4 +1,4 @@
-"""The chunked forms of the matrix states that read first, against their definitions.
+"""Chunked forms of the pre-read and of the delta rule per channel against their definitions.
 
 Outputs, final states and every gradient, as norms of differences over norms: 1e-10 in float64, far
 above its rounding and far below a mistake in a formula; 1e-5 in float32, about 100 times its
@@ -14,15 +14,23 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mendel.kernels.backend import use_backend
+from mendel.kernels.delta_rule import delta_rule
 from mendel.kernels.preread import matrix_state_preread
 
 B, H, K, V = 2, 3, 8, 6
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 Inputs = dict[str, Tensor | None]
-OPS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"preread": matrix_state_preread}
-CASES = [("preread", form) for form in ("none", "fixed", "scalar", "vector")]
+OPS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "preread": matrix_state_preread,
+    "delta_rule": delta_rule,
+}
+CASES = [
+    *(("preread", form) for form in ("none", "fixed", "scalar", "vector")),
+    ("delta_rule", "vector"),
+]
 DECAYING = [case for case in CASES if case[1] != "none"]
 
 
@@ -50,6 +58,10 @@ def inputs(op: str, form: str, tokens: int, kind: str = "usual") -> Inputs:
     }
     if op == "preread":
         found["bonus"] = normal(H, K)
+    else:
+        assert found["k"] is not None
+        found["k"] = F.normalize(found["k"], dim=-1)
+        found["beta"] = torch.rand((B, tokens, H), generator=g, dtype=torch.float64)
     return found
 
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mendel.primitives.base import Gene, GeneError, Operator, Primitive, Site
 from mendel.primitives.conv import SHORT_CONV
-from mendel.primitives.delta import DELTA
+from mendel.primitives.delta_axes import DELTA
 from mendel.primitives.gated_scan import GATED_SCAN
 from mendel.primitives.recurrence_axes import RECURRENCE
 from mendel.primitives.recurrent_parts import auto_heads
