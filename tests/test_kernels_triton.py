@@ -34,7 +34,7 @@ def _names() -> list[str]:
     assert spec.loader is not None
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
-    return [*module.CASES, *module.DECODED]
+    return [*module.CASES, *module.DECODED, *module.HALF]
 
 
 @cache
@@ -56,11 +56,15 @@ def test_equals_definition(case: str) -> None:
     """Output, final state, gradients in float32: 1e-5, a hundred roundings of 6e-8.
 
     The gradient of a decay is a sum of differences (of q.dq and k.dk) that nearly cancel, with a
-    fixed decay over all tokens: it loses one digit more.
+    fixed decay over all tokens: it loses one digit more. In float16 every tile is rounded to 2**-11
+    (5e-4) before it is multiplied: 4e-3, a few of these.
     """
     for part, error in _errors()[case].items():
         assert math.isfinite(error), part
-        assert error < (1e-4 if part == "dlog_decay" else 1e-5), part
+        if case.endswith("float16"):
+            assert error < 4e-3, part
+        else:
+            assert error < (1e-4 if part == "dlog_decay" else 1e-5), part
 
 
 SHARED_KIB = {80: 163, 90: 227, 100: 227}
