@@ -16,6 +16,7 @@ from ..genome.presets import PresetError
 from ..genome.rules import InvalidGenome
 from ..primitives.base import GeneError
 from ..proxies.task import ProxyError
+from .commands_dashboard import app as web
 from .commands_list import app as listing
 from .commands_look import app as look
 from .commands_result import app as result
@@ -54,7 +55,7 @@ app = typer.Typer(
     "take the winners along.",
     epilog="Begin with: mendel init, then mendel search study.yaml",
 )
-for _part in (compute, result, look, listing, setup):
+for _part in (compute, result, look, listing, web, setup):
     app.add_typer(_part)
 
 

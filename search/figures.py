@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from html import escape
+from typing import Literal
 
 import plotly.graph_objects as go
 
 from .front import Outcome
-from .plotting import BLUE, GREEN, GROUPS, INK, ORANGE, PURPLE, VERMILLION, layout
+from .objectives import Goal
+from .plotting import BLUE, GREEN, GROUPS, INK, ORANGE, PURPLE, VERMILLION, layout, scale_axis
+from .records import TrialRecord
 
 
 def hypervolume_figure(found: Outcome) -> go.Figure:
@@ -79,4 +82,70 @@ def curves_figure(
     figure.update_xaxes(title_text="training steps", rangemode="tozero")
     figure.update_yaxes(title_text=escape(label))
     figure.update_layout(height=360)
+    return figure
+
+
+LINES = (
+    (BLUE, "solid", "circle"),
+    (VERMILLION, "dash", "diamond"),
+    (GREEN, "dot", "square"),
+    (PURPLE, "dashdot", "triangle-up"),
+    (ORANGE, "longdash", "cross"),
+    (INK, "longdashdot", "x"),
+)
+"""Colour, dash and marker of the first, second, ... of several runs or designs."""
+
+
+def histories_figure(
+    histories: Mapping[str, Sequence[tuple[float, float]]], over: Literal["trials", "time"]
+) -> go.Figure:
+    """Hypervolume of several runs: rows hold complete trials or seconds, and the volume."""
+    figure = go.Figure(layout=layout())
+    hours = over == "time" and any(rows and rows[-1][0] > 7200 for rows in histories.values())
+    scale = 3600.0 if hours else 60.0 if over == "time" else 1.0
+    for i, (name, rows) in enumerate(histories.items()):
+        colour, dash, _ = LINES[i % len(LINES)]
+        # Of a long flat stretch only the corners are needed.
+        kept = [
+            row
+            for k, row in enumerate(rows)
+            if k in (0, len(rows) - 1) or row[1] != rows[k - 1][1] or row[1] != rows[k + 1][1]
+        ]
+        figure.add_trace(
+            go.Scatter(
+                name=escape(name),
+                x=[row[0] / scale for row in kept],
+                y=[row[1] for row in kept],
+                mode="lines",
+                line={"shape": "hv", "color": colour, "dash": dash, "width": 2},
+            )
+        )
+    words = "complete trials" if over == "trials" else f"{'hours' if hours else 'minutes'} at work"
+    figure.update_xaxes(title_text=words, rangemode="tozero")
+    figure.update_yaxes(title_text="hypervolume ↑", rangemode="tozero")
+    figure.update_layout(height=340, showlegend=True)
+    return figure
+
+
+def fronts_figure(fronts: Mapping[str, Sequence[TrialRecord]], x: Goal, y: Goal) -> go.Figure:
+    """The fronts of several runs over one another; baselines are hollow."""
+    figure = go.Figure(layout=layout())
+    everyone = [t for trials in fronts.values() for t in trials]
+    for which, goal in (("x", x), ("y", y)):
+        scale_axis(figure, which, goal, [t.values[goal.label] for t in everyone])
+    for i, (name, trials) in enumerate(fronts.items()):
+        colour, _, symbol = LINES[i % len(LINES)]
+        symbols = [symbol if t.baseline is None else f"{symbol}-open" for t in trials]
+        figure.add_trace(
+            go.Scatter(
+                name=escape(name),
+                x=[t.values[x.label] for t in trials],
+                y=[t.values[y.label] for t in trials],
+                mode="markers",
+                marker={"color": colour, "symbol": symbols, "size": 11, "line": {"width": 2}},
+                text=[escape(t.baseline or f"trial {t.number}") for t in trials],
+                hovertemplate=f"{escape(name)}<br>%{{text}}<extra></extra>",
+            )
+        )
+    figure.update_layout(height=460, showlegend=True)
     return figure

@@ -382,3 +382,60 @@ def _coordinate(axis: Any, value: float) -> float:
 def _scale(axis: Any, size: float) -> Any:
     low, high = axis.range
     return lambda value: (_coordinate(axis, value) - low) / (high - low) * size
+
+
+_SYMBOLS_3D = {
+    "found, on the front": "circle",
+    "found, dominated": "circle-open",
+    "baseline, on the front": "diamond",
+    "baseline, dominated": "diamond-open",
+    "stopped early": "square-open",
+    "infeasible": "x",
+    "failed": "cross",
+}
+"""Plots in space have eight shapes only."""
+
+
+def front_space_figure(
+    found: Outcome, x: Goal, y: Goal, z: Goal, chosen: Collection[int] = ()
+) -> go.Figure:
+    """The trials over three objectives."""
+    figure = go.Figure(layout=layout())
+    goals = (x, y, z)
+    scene: dict[str, Any] = {}
+    for name, trials in grouped(found).items():
+        shown = [t for t in trials if all(is_shown(t, g) for g in goals)][-MANY:]
+        if not shown:
+            continue
+        points = [[t.values[g.label] for t in shown] for g in goals]
+        style = GROUPS[name]
+        figure.add_trace(
+            go.Scatter3d(
+                name=name,
+                x=points[0],
+                y=points[1],
+                z=points[2],
+                mode="markers",
+                marker={
+                    "symbol": _SYMBOLS_3D[name],
+                    "color": style["color"],
+                    "size": [11 if t.number in chosen else style["size"] / 2 for t in shown],
+                },
+                text=[_hover(t, found) for t in shown] if len(shown) <= FEW else None,
+                customdata=[t.number for t in shown],
+                hovertemplate=(
+                    "%{text}<extra></extra>"
+                    if len(shown) <= FEW
+                    else "trial %{customdata}<extra></extra>"
+                ),
+            )
+        )
+    for which, goal in zip("xyz", goals, strict=True):
+        values = np.array([t.values[goal.label] for t in found.complete if is_shown(t, goal)])
+        axis: dict[str, Any] = {"title": {"text": escape(label_text(goal))}, "color": INK}
+        axis |= {"gridcolor": GRID, "showbackground": False}
+        if is_wide(goal, values):
+            axis["type"] = "log"
+        scene[f"{which}axis"] = axis
+    figure.update_layout(scene=scene, height=600)
+    return figure
