@@ -15,7 +15,9 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .pareto import as_losses, best
+import numpy as np
+
+from .pareto import Losses, best
 
 
 @dataclass(frozen=True, order=True)
@@ -36,7 +38,9 @@ class Propose:
 @dataclass
 class _Rung:
     finished: list[int] = field(default_factory=list)
-    losses: list[tuple[float, ...]] = field(default_factory=list)
+    table: Losses = field(default_factory=lambda: np.zeros((0, 0)))
+    """Their losses, with room for more rows: making it anew at each judgement takes longer than
+    the ranking."""
     paused: dict[int, int] = field(default_factory=dict)
     """Trial that waits here for promotion, and how many had ended the rung when it did."""
     judged: int = 0
@@ -44,6 +48,19 @@ class _Rung:
     promoted: int = 0
     top: list[int] = field(default_factory=list)
     """Paused trials among the best n // eta, best first: they go on as workers come free."""
+
+    @property
+    def losses(self) -> Losses:
+        return self.table[: len(self.finished)]
+
+    def add(self, trial: int, losses: Sequence[float]) -> None:
+        count = len(self.finished)
+        if count == len(self.table):
+            larger = np.empty((max(64, 2 * count), len(losses)))
+            larger[:count] = self.table[:count] if count else 0.0
+            self.table = larger
+        self.table[count] = losses
+        self.finished.append(trial)
 
 
 class Schedule:
@@ -156,8 +173,7 @@ class Schedule:
                 self._onward.append(Job(job.trial, job.rung + 1))
             return []
         rung = self._rungs[job.rung]
-        rung.finished.append(job.trial)
-        rung.losses.append(tuple(losses))
+        rung.add(job.trial, losses)
         if job.rung == self.last:
             return []
         rung.paused[job.trial] = len(rung.finished)
@@ -219,7 +235,7 @@ class Schedule:
         if count == rung.judged:
             return []
         rung.judged = count
-        good = [rung.finished[i] for i in best(as_losses(rung.losses), count)]
+        good = [rung.finished[i] for i in best(rung.losses, count)]
         rung.top = [t for t in good if t in rung.paused]
         tired = [
             trial
@@ -237,7 +253,7 @@ class Schedule:
             rung = self._rungs[r]
             if rung.promoted or not rung.paused:
                 continue
-            for i in best(as_losses(rung.losses), len(rung.finished)):
+            for i in best(rung.losses, len(rung.finished)):
                 if rung.finished[i] in rung.paused:
                     return self._promote(r, rung.finished[i])
         return None
