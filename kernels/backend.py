@@ -2,8 +2,8 @@
 
 Three backends: `definition`, the loop over time that reads like the formula; `chunked`, few large
 torch operations, for training and decoding anywhere; `triton`, kernels for CUDA devices. The choice
-depends on the operator, its form and the device, never on whether something failed: a case that the
-chosen backend cannot serve raises `Unsupported`.
+depends on the operator, its form, its size and the device, never on whether something failed: a
+pinned backend that cannot serve a case raises `Unsupported`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,14 @@ TRITON_FORMS: dict[str, tuple[str | None, ...]] = {
 }
 """The operators and their forms that have Triton kernels, in `triton_<operator>.py`."""
 
+WIDEST = 256
+"""The widest head (K or V) of the Triton kernels."""
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 HAS_TRITON = find_spec("triton") is not None
 
 _pinned: ContextVar[Backend | None] = ContextVar("mendel_backend", default=None)
+_used: ContextVar[dict[str, set[Backend]] | None] = ContextVar("mendel_used", default=None)
 
 
 class Unsupported(ValueError):
@@ -61,18 +66,26 @@ def backends(op: str, form: str | None = None) -> tuple[Backend, ...]:
     return ("definition", "chunked")
 
 
-def choose(op: str, device: torch.device | str, form: str | None = None) -> Backend:
-    """The backend for a call: the pinned one, or the device's default.
+def current(
+    op: str,
+    device: torch.device | str,
+    form: str | None = None,
+    *,
+    width: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Backend:
+    """The backend that a call would use now: the pinned one, or the default of the case.
 
-    The default is `triton` on a CUDA device for the forms that have kernels, else `chunked`.
-    `form` names a case of the operator; for `matrix_state` the kind of decay (none, fixed, scalar,
-    vector). Raises `Unsupported` where a pinned backend does not exist for the form.
+    The default is `triton` on a CUDA device for the forms that have kernels, heads of at most
+    `WIDEST` and the dtypes of `TRITON_DTYPES`, else `chunked`. `form` names a case of the operator;
+    for `matrix_state` the kind of decay (none, fixed, scalar, vector). Raises `Unsupported` where a
+    pinned backend does not exist for the form.
     """
     there = backends(op, form)
     pinned = _pinned.get()
     if pinned is None:
-        on_cuda = torch.device(device).type == "cuda"
-        return "triton" if on_cuda and "triton" in there else "chunked"
+        serves = "triton" in there and width <= WIDEST and dtype in TRITON_DTYPES
+        return "triton" if serves and torch.device(device).type == "cuda" else "chunked"
     if pinned not in there:
         name = op if form is None else f"{op} with decay {form}"
         reason = "it has no kernel" if HAS_TRITON else "Triton is not installed"
@@ -80,9 +93,31 @@ def choose(op: str, device: torch.device | str, form: str | None = None) -> Back
     return pinned
 
 
-def current(op: str, device: torch.device | str, form: str | None = None) -> Backend:
-    """The backend that a call would use now: what a measurement writes down."""
-    return choose(op, device, form)
+def choose(
+    op: str,
+    device: torch.device | str,
+    form: str | None = None,
+    *,
+    width: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Backend:
+    """`current`, for the call that is about to use it: `used_backends` sees the choice."""
+    backend = current(op, device, form, width=width, dtype=dtype)
+    used = _used.get()
+    if used is not None:
+        used.setdefault(op, set()).add(backend)
+    return backend
+
+
+@contextmanager
+def used_backends() -> Iterator[dict[str, set[Backend]]]:
+    """The backends that the operators called inside the block took: what a measurement writes."""
+    used: dict[str, set[Backend]] = {}
+    token = _used.set(used)
+    try:
+        yield used
+    finally:
+        _used.reset(token)
 
 
 def kernels(op: str) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -44,7 +44,8 @@ def delta_rule(
     if scale is None:
         scale = q.shape[-1] ** -0.5
     form = "vector" if log_decay is not None and log_decay.ndim == 4 else None
-    backend = choose("delta_rule", q.device, form)
+    width = max(q.shape[-1], v.shape[-1])
+    backend = choose("delta_rule", q.device, form, width=width, dtype=v.dtype)
     if backend == "definition":
         return definitions.delta_rule(q, k, v, beta, log_decay, state, scale)
     if backend == "triton":

@@ -27,7 +27,7 @@ def diagonal_scan(log_a: BTD, b: BTD, state: BD | None = None) -> tuple[BTD, BD]
     `log_a` is the natural logarithm of the decay, at most 0; `state` continues a sequence (None:
     zeros). Raises `Unsupported` where a pinned backend does not serve the case.
     """
-    backend = choose("diagonal_scan", b.device)
+    backend = choose("diagonal_scan", b.device, dtype=b.dtype)
     if backend == "definition":
         return definitions.diagonal_scan(log_a, b, state)
     if backend == "triton":

@@ -61,7 +61,8 @@ def matrix_state(
     form = decay_form(log_decay)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    backend = choose("matrix_state", q.device, form)
+    width = max(q.shape[-1], v.shape[-1])
+    backend = choose("matrix_state", q.device, form, width=width, dtype=v.dtype)
     if backend == "definition":
         return definitions.matrix_state(q, k, v, log_decay, state, scale)
     if backend == "triton":

@@ -16,10 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from .backend import Backend, Unsupported
+from .backend import TRITON_DTYPES, WIDEST, Backend, Unsupported
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WIDEST = 256
 SMALLEST_TILE = 16
 """The smallest side of a tile that a tensor core multiplies."""
 LARGEST_TILE = 64
@@ -41,7 +39,7 @@ def common_dtype(op: str, *tensors: Tensor) -> torch.dtype:
     dtype = tensors[0].dtype
     for t in tensors[1:]:
         dtype = torch.promote_types(dtype, t.dtype)
-    if dtype not in DTYPES:
+    if dtype not in TRITON_DTYPES:
         raise refuse(op, f"inputs are float32, bfloat16 or float16, not {str(dtype)[6:]}")
     return dtype
 

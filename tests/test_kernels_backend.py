@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mendel.kernels.backend import Unsupported, backends, choose, current, use_backend
+from mendel.kernels.backend import (
+    Unsupported,
+    backends,
+    choose,
+    current,
+    use_backend,
+    used_backends,
+)
 from mendel.kernels.diagonal_scan import diagonal_scan
 
 
@@ -41,3 +48,14 @@ def test_what_a_backend_lacks_is_refused_with_what_serves_it() -> None:
         pytest.raises(Unsupported, match=r"triton backend does not serve.*definition and chunked"),
     ):
         diagonal_scan(x, x)
+
+
+def test_what_ran_is_recorded() -> None:
+    x = torch.zeros(1, 4, 2)
+    with used_backends() as used:
+        diagonal_scan(x, x)
+        with use_backend("definition"):
+            diagonal_scan(x, x)
+        assert current("matrix_state", "cpu", "none") == "chunked"
+    diagonal_scan(x, x)
+    assert used == {"diagonal_scan": {"chunked", "definition"}}

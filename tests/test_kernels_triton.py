@@ -155,6 +155,8 @@ def test_the_default_of_a_gpu() -> None:
     assert choose("matrix_state", "cuda", "scalar") == "triton"
     assert choose("matrix_state", "cuda", "vector") == "chunked"
     assert choose("short_conv", "cuda") == "chunked"
+    assert choose("matrix_state", "cuda", "none", width=273) == "chunked"
+    assert choose("delta_rule", "cuda", dtype=torch.float64) == "chunked"
 
 
 @pytest.mark.parametrize(
