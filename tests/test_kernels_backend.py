@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from mendel.kernels import backend
 from mendel.kernels.backend import (
     Unsupported,
     backends,
@@ -59,3 +63,21 @@ def test_what_ran_is_recorded() -> None:
         assert current("matrix_state", "cpu", "none") == "chunked"
     diagonal_scan(x, x)
     assert used == {"diagonal_scan": {"chunked", "definition"}}
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "HAS_TRITON", False)
+    assert choose("matrix_state", "cuda", "none") == "chunked"
+    with use_backend("triton"), pytest.raises(Unsupported, match="Triton is not installed"):
+        choose("matrix_state", "cuda", "none")
+
+
+def test_triton_is_imported_by_its_kernels_only() -> None:
+    code = (
+        "import sys, torch\n"
+        "from mendel.kernels import bench, delta_rule, diagonal_scan, matrix_state, short_conv\n"
+        "x = torch.zeros(1, 4, 1, 4)\n"
+        "matrix_state.matrix_state(x, x, x)\n"
+        "assert 'triton' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
