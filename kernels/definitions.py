@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .letters import BD, BHKV, BTD, BTH, BTHK, BTHV, DW, HK, D, H
+from .letters import BD, BDN, BHKV, BTD, BTH, BTHK, BTHV, BTN, DN, DW, HK, D, H
 
 
 def accumulator(*tensors: Tensor | None) -> torch.dtype:
@@ -110,6 +110,19 @@ def diagonal_scan(log_a: BTD, b: BTD, state: BD | None) -> tuple[BTD, BD]:
         h = log_a[:, t].to(dtype).exp() * h + b[:, t].to(dtype)
         out.append(h)
     return torch.stack(out, dim=1).to(b.dtype), h
+
+
+def selective_scan(x: BTD, dt: BTD, a: DN, b: BTN, c: BTN, state: BDN | None) -> tuple[BTD, BDN]:
+    """h_t[d, n] = exp(dt_t[d] A[d, n]) h_{t-1}[d, n] + dt_t[d] B_t[n] x_t[d];  y_t = h_t C_t."""
+    dtype = accumulator(x, dt, a, b, c, state)
+    h = _initial(state, (x.shape[0], *a.shape), dtype, x)
+    out = []
+    for t in range(x.shape[1]):
+        step = dt[:, t, :, None].to(dtype)
+        written = step * b[:, t, None, :].to(dtype) * x[:, t, :, None].to(dtype)
+        h = torch.exp(step * a.to(dtype)) * h + written
+        out.append(torch.einsum("bdn,bn->bd", h, c[:, t].to(dtype)))
+    return torch.stack(out, dim=1).to(x.dtype), h
 
 
 def short_conv(

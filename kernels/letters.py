@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     BD = Tensor
     BF = Tensor
     BDW = Tensor
+    BDN = Tensor
+    DN = Tensor
     DW = Tensor
     H = Tensor
     HK = Tensor
@@ -63,6 +65,8 @@ else:
     BD = _floats("B D")
     BF = _floats("B F")
     BDW = _floats("B D W")
+    BDN = _floats("B D N")
+    DN = _floats("D N")
     DW = _floats("D W")
     H = _floats("H")
     HK = _floats("H K")

@@ -12,11 +12,13 @@ from .gated_scan import GATED_SCAN
 from .mlp import MLP
 from .moe import MOE
 from .recurrence_axes import RECURRENCE
+from .selective import SELECTIVE
 
 CATALOGUE: tuple[Primitive, ...] = (
     ATTENTION,
     RECURRENCE,
     DELTA,
+    SELECTIVE,
     GATED_SCAN,
     SHORT_CONV,
     MLP,

@@ -17,9 +17,10 @@ from mendel.primitives.delta_axes import DELTA
 from mendel.primitives.gated_scan import GATED_SCAN
 from mendel.primitives.recurrence_axes import RECURRENCE
 from mendel.primitives.recurrent_parts import auto_heads
+from mendel.primitives.selective import SELECTIVE
 
 WIDTH, TOKENS = 32, 19
-PRIMITIVES = (RECURRENCE, DELTA, GATED_SCAN, SHORT_CONV)
+PRIMITIVES = (RECURRENCE, DELTA, SELECTIVE, GATED_SCAN, SHORT_CONV)
 
 
 def draw(primitive: Primitive, seed: int) -> dict[str, Gene]:
