@@ -14,6 +14,7 @@ from ..genome.files import GenomeFileError
 from ..genome.notation import NotationError
 from ..genome.presets import PresetError
 from ..genome.rules import InvalidGenome
+from ..genome.star import StarError
 from ..primitives.base import GeneError
 from ..proxies.task import ProxyError
 from .commands_dashboard import app as web
@@ -40,6 +41,7 @@ MISTAKES = (
     InvalidGenome,
     PresetError,
     ProxyError,
+    StarError,
 )
 
 # The parser's error class has moved between versions of typer; this relation holds in all of them.

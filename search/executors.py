@@ -276,6 +276,9 @@ def _first_line(error: Exception) -> str:
 def _connect(plan: Plan, address: str | None) -> None:
     # Ray 2.60 warns about a change of this default on every start without a GPU.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # At Ray's default niceness of 15 any other program on the machine would starve the workers past
+    # their time limits and stretch every latency that they measure.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address is not None:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from ..genome.genome import Genome
 from ..genome.model import LanguageModel, build
-from ..kernels.backend import OPS, current
+from ..kernels.backend import used_backends
 from ..primitives.base import DTYPES
 from ..proxies.train import TimeLimit
 from .objectives import Goal, LatencySettings, TrainingSettings
@@ -46,7 +46,10 @@ def measure(
         if goal.objective.stage != "measured":
             continue
         torch.manual_seed(seed)
-        found[goal.label] = _one(genome, goal, torch.device(device), deadline)
+        with used_backends() as used:
+            one = _one(genome, goal, torch.device(device), deadline)
+        one["conditions"]["backend"] = {op: "+".join(sorted(b)) for op, b in sorted(used.items())}
+        found[goal.label] = one
     return found
 
 
@@ -236,7 +239,6 @@ def _summary(
     low, median, high = (float(v) for v in np.percentile(samples, [10, 50, 90]))
     conditions: dict[str, Any] = {
         "device": device_name(device),
-        "backend": {op: current(op, device) for op in OPS},
         **settings.model_dump(),
         "threads": torch.get_num_threads(),
         "warm_up": WARM_UP,

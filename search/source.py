@@ -1,4 +1,4 @@
-"""What a command's argument means: a genome from a notation, a file, a preset or RUN:TRIAL."""
+"""What a command's argument means: a notation, STAR's integers, a file, a preset or RUN:TRIAL."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..genome import presets
+from ..genome import presets, star
 from ..genome.files import from_dict, load
 from ..genome.genome import Genome
 from ..genome.header import DEFAULT_WIDTH, nearest
@@ -21,6 +21,7 @@ RUNS = Path("runs")
 """Where a run is looked for by its bare name."""
 
 _TRIAL = re.compile(r"(?P<run>.+):(?P<trial>\d+)")
+_STAR = re.compile(r"\s*[\d.]{5,}(\s*-\s*[\d.]{5,})*\s*")
 _SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -72,6 +73,11 @@ def _find(text: str, width: int | None, depth: int | None) -> Source:
         trial = run.trial(int(match["trial"]))
         name = trial.baseline or f"{run.study.name}:{trial.number}"
         return Source(text, name, from_dict(trial.genome), run, trial)
+    if _STAR.fullmatch(text):
+        if depth is not None:
+            raise Mistake("--depth is for presets; STAR's integers have the slots that they name")
+        genome = star.read(text, width=DEFAULT_WIDTH if width is None else width)
+        return Source(text, "genome", genome)
     if text in presets.names():
         return Source(text, text, presets.load(text, width, depth))
     if _is_word(text) and text not in names():
