@@ -10,15 +10,17 @@ from typing import Any
 
 from mendel.genome.files import from_dict
 from mendel.genome.hash import canonical_hash
+from mendel.genome.notation import parse
 
 TABLE = Path(__file__).parent / "data" / "table.jsonl"
 
 
 @lru_cache(1)
 def table() -> dict[str, dict[str, Any]]:
-    """The rows of the table by canonical hash."""
+    """The rows of the table by canonical hash, which is this version's: a hash covers all numbers
+    of a config, and a later version may have more of them."""
     rows = [json.loads(line) for line in TABLE.read_text().splitlines()[1:]]
-    return {row["hash"]: row for row in rows}
+    return {canonical_hash(parse(row["notation"])): row for row in rows}
 
 
 def _result(job: dict[str, Any], score: float, seconds: float) -> dict[str, Any]:
