@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .letters import BD, BDN, BHKV, BTD, BTH, BTHK, BTHV, BTN, DN, DW, HK, D, H
+from .letters import BD, BDN, BH, BHKV, BTD, BTH, BTHK, BTHV, BTN, DN, DW, HK, D, H
+
+LARGEST = 80.0
+"""The mLSTM divides by exp of this at most: what is that far below 1 is 0 beside anything else."""
 
 
 def accumulator(*tensors: Tensor | None) -> torch.dtype:
@@ -99,6 +102,36 @@ def delta_rule(
         S = S + k_[:, t, :, :, None] * write[:, :, None, :]
         o.append(scale * torch.einsum("bhkv,bhk->bhv", S, q_[:, t]))
     return torch.stack(o, dim=1).to(v.dtype), S
+
+
+def mlstm(
+    q: BTHK,
+    k: BTHK,
+    v: BTHV,
+    input_gate: BTH,
+    log_forget: BTH,
+    state: tuple[Tensor, BH] | None,
+    scale: float,
+) -> tuple[BTHV, tuple[Tensor, BH]]:
+    """C_t = f C_{t-1} + i k v^T, n_t = f n_{t-1} + i k, h = scale C^T q / max(|scale n^T q|, e^-m),
+    all over exp(m_t), m_t = max(log f_t + m_{t-1}, ig_t); C and n side by side in the state."""
+    batch, tokens, heads, width = q.shape
+    dtype = accumulator(q, k, v, input_gate, log_forget, None if state is None else state[0])
+    matrix, m = (None, q.new_zeros(batch, heads)) if state is None else state
+    held, m = _initial(matrix, (batch, heads, width, v.shape[-1] + 1), dtype, q), m.to(dtype)
+    C, n = held[..., :-1], held[..., -1]
+    out = []
+    for t in range(tokens):
+        log_f, ig = log_forget[:, t].to(dtype), input_gate[:, t].to(dtype)
+        after = torch.maximum(log_f + m, ig)
+        f, i, m = torch.exp(log_f + m - after), torch.exp(ig - after), after
+        key, query = i[..., None] * k[:, t].to(dtype), scale * q[:, t].to(dtype)
+        C = f[..., None, None] * C + key[..., None] * v[:, t, :, None].to(dtype)
+        n = f[..., None] * n + key
+        weight = torch.einsum("bhk,bhk->bh", n, query).abs()
+        read = torch.einsum("bhkv,bhk->bhv", C, query)
+        out.append(read / torch.maximum(weight, torch.exp((-m).clamp_max(LARGEST)))[..., None])
+    return torch.stack(out, dim=1).to(v.dtype), (torch.cat((C, n[..., None]), -1), m)
 
 
 def diagonal_scan(log_a: BTD, b: BTD, state: BD | None) -> tuple[BTD, BD]:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     BTN = Tensor
     BD = Tensor
     BF = Tensor
+    BH = Tensor
     BDW = Tensor
     BDN = Tensor
     DN = Tensor
@@ -64,6 +65,7 @@ else:
     BTN = _floats("B T N")
     BD = _floats("B D")
     BF = _floats("B F")
+    BH = _floats("B H")
     BDW = _floats("B D W")
     BDN = _floats("B D N")
     DN = _floats("D N")

@@ -10,6 +10,7 @@ from .conv import SHORT_CONV
 from .delta_axes import DELTA
 from .gated_scan import GATED_SCAN
 from .mlp import MLP
+from .mlstm import MLSTM
 from .moe import MOE
 from .recurrence_axes import RECURRENCE
 from .selective import SELECTIVE
@@ -18,6 +19,7 @@ CATALOGUE: tuple[Primitive, ...] = (
     ATTENTION,
     RECURRENCE,
     DELTA,
+    MLSTM,
     SELECTIVE,
     GATED_SCAN,
     SHORT_CONV,

@@ -1,4 +1,4 @@
-"""The diagonal gated recurrence: RG-LRU (Griffin), minGRU and between.
+"""The diagonal gated recurrence: RG-LRU (Griffin), minGRU, minLSTM and between.
 
 h_t = a_t h_{t-1} + b_t element by element, with a_t in (0, 1) computed from the input.
 """
@@ -25,6 +25,7 @@ from .base import (
     Primitive,
     Site,
     State,
+    View,
     state_dtype,
 )
 from .genes import choice, number, whole
@@ -41,7 +42,7 @@ from .recurrent_parts import (
 SHARPNESS = 8.0
 """c of RG-LRU: a_t = sigmoid(Lambda)^(c r_t)."""
 BLOCK_TARGET = 256
-GATES_PER_CHANNEL = {"rg-lru": 2, "mingru": 1}
+GATES_PER_CHANNEL = {"rg-lru": 2, "mingru": 1, "minlstm": 2}
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,10 @@ class GatedScan(Operator):
             gates = self.block_gates(u)
 
         u, gates = at_least_float32(u), at_least_float32(gates)
-        log_a, b = mingru(u, gates) if self.rg_lru is None else self.rg_lru(u, gates, start)
+        if self.rg_lru is not None:
+            log_a, b = self.rg_lru(u, gates, start)
+        else:
+            log_a, b = mingru(u, gates) if c.gates == "mingru" else minlstm(u, gates)
         with full_precision(x):
             h, last = diagonal_scan(log_a, b, tensors.get("h"))
         if c.branch == "gelu":
@@ -188,13 +192,27 @@ class RgLru(nn.Module):
 
 
 def mingru(u: BTF, gates: BTF) -> tuple[BTF, BTF]:
-    """log a and b of minGRU: h = (1 - z) h + z g(u) with z = sigmoid(gates).
+    """log a and b of minGRU: h = (1 - z) h + z g(u) with z = sigmoid(gates) (arXiv 2410.01201).
 
-    g is u + 1/2 for positive u and sigmoid(u) below, the form that the paper trains (arXiv
-    2410.01201, appendix B). log(1 - z) is taken as log sigmoid(-gates), which stays finite.
+    log(1 - z) is taken as log sigmoid(-gates), which stays finite.
     """
-    candidate = torch.where(u >= 0, u + 0.5, torch.sigmoid(u))
-    return F.logsigmoid(-gates), torch.sigmoid(gates) * candidate
+    return F.logsigmoid(-gates), torch.sigmoid(gates) * candidate(u)
+
+
+def minlstm(u: BTF, gates: Tensor) -> tuple[BTF, BTF]:
+    """log a and b of minLSTM: h = f' h + i' g(u), f' = f / (f + i) and i' = i / (f + i), with f and
+    i the sigmoids of the gates (f, i), each of width F (arXiv 2410.01201, section 3.2).
+
+    f' = sigmoid(d) and i' = sigmoid(-d) with d = log f - log i, which stays finite.
+    """
+    f, i = gates.chunk(2, dim=-1)
+    d = F.logsigmoid(f) - F.logsigmoid(i)
+    return F.logsigmoid(d), torch.sigmoid(-d) * candidate(u)
+
+
+def candidate(u: BTF) -> BTF:
+    """u + 1/2 for positive u and sigmoid(u) below, the form that the paper trains (appendix B)."""
+    return torch.where(u >= 0, u + 0.5, torch.sigmoid(u))
 
 
 def configure(site: Site, genes: Mapping[str, Gene]) -> GatedScanConfig:
@@ -218,17 +236,17 @@ def configure(site: Site, genes: Mapping[str, Gene]) -> GatedScanConfig:
 GATED_SCAN = Primitive(
     name="gated-scan",
     kind="mixer",
-    summary="diagonal gated recurrence in a gated block (RG-LRU, minGRU)",
-    source="Griffin (arXiv 2402.19427), minGRU (arXiv 2410.01201)",
+    summary="diagonal gated recurrence in a gated block (RG-LRU, minGRU, minLSTM)",
+    source="Griffin (arXiv 2402.19427), minGRU and minLSTM (arXiv 2410.01201)",
     liv=Liv("branch, gates and output gate", "diagonal", "none", "none", "diagonal"),
     axes=(
         Axis(
             "gates",
             "rg-lru",
             "rg-lru: decay and input gates, input scaled by sqrt(1 - a^2); mingru: one gate that"
-            " mixes state and candidate",
-            options=("rg-lru", "mingru"),
-            search=("rg-lru", "mingru"),
+            " mixes state and candidate; minlstm: two gates, normalised to sum to one",
+            options=("rg-lru", "mingru", "minlstm"),
+            search=("rg-lru", "mingru", "minlstm"),
         ),
         Axis(
             "gate_input",
@@ -276,6 +294,12 @@ GATED_SCAN = Primitive(
             },
             "Griffin's recurrent block (arXiv 2402.19427)",
             "as wide as the released models; the paper's own is 4/3 of the width",
+            view=View(
+                "h = a h + sqrt(1 - a^2) (i u), a = sigmoid(L)^(8 r), per channel",
+                "one moving average per channel, of constant variance",
+                "exponentially, at a rate per channel that the token chooses",
+                "-sqrt(1-a^2) i u h + (1-a) h^2 / 2: gradient descent with weight decay",
+            ),
         ),
         Point(
             "mingru",
@@ -288,6 +312,30 @@ GATED_SCAN = Primitive(
             },
             "minGRU (arXiv 2410.01201)",
             "with the projection back to the model's width that an expanded state needs",
+            view=View(
+                "h = (1-z) h + z g(u), per channel",
+                "one weighted average per channel, its weights summing to one",
+                "exponentially, at a rate per channel that the token chooses",
+                "z (h - g(u))^2 / 2, one step of gradient descent",
+            ),
+        ),
+        Point(
+            "minlstm",
+            {
+                "gates": "minlstm",
+                "gate_input": "input",
+                "expand": 2.0,
+                "conv": 0,
+                "branch": "none",
+            },
+            "minLSTM (arXiv 2410.01201)",
+            "with the projection back to the model's width that an expanded state needs",
+            view=View(
+                "h = f/(f+i) h + i/(f+i) g(u), per channel",
+                "one weighted average per channel, its weights summing to one",
+                "exponentially, at a rate per channel that the token chooses",
+                "i/(f+i) (h - g(u))^2 / 2, one step of gradient descent",
+            ),
         ),
     ),
 )

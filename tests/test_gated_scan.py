@@ -161,8 +161,29 @@ def test_mingru_is_the_loop_of_the_paper() -> None:
     assert error(state.tensors["h"], h) < 1e-10
 
 
+def test_minlstm_is_the_loop_of_the_paper() -> None:
+    """h = f' h + i' g(W x) with the gates over their sum, arXiv 2410.01201, section 3.2."""
+    ours = build("minlstm").double()
+    length = 17
+    x = tokens(length, torch.float64)
+    u, f, i = (x @ ours.in_proj.weight.T + ours.in_proj.bias).split(128, -1)
+    f, i = 1 / (1 + torch.exp(-f)), 1 / (1 + torch.exp(-i))
+    g = torch.where(u >= 0, u + 0.5, 1 / (1 + torch.exp(-u)))
+    h = torch.zeros(2, 128, dtype=torch.float64)
+    out = []
+    for t in range(length):
+        total = f[:, t] + i[:, t]
+        h = f[:, t] / total * h + i[:, t] / total * g[:, t]
+        out.append(h)
+    y = torch.stack(out, 1) @ ours.out_proj.weight.T + ours.out_proj.bias
+    assert error(ours(x)[0], y) < 1e-10
+    _, state = ours(x, ours.init_state(2, length, x.dtype))
+    assert state is not None
+    assert error(state.tensors["h"], h) < 1e-10
+
+
 @pytest.mark.parametrize("bias", [-200.0, 200.0])
-@pytest.mark.parametrize("name", ["rg-lru", "mingru"])
+@pytest.mark.parametrize("name", ["rg-lru", "mingru", "minlstm"])
 def test_extreme_gates(name: str, bias: float) -> None:
     """Gates shut and open beyond what float32 tells from 0 and 1: finite, gradients too."""
     module = build(name)
