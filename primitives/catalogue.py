@@ -12,6 +12,7 @@ from .gated_scan import GATED_SCAN
 from .mlp import MLP
 from .mlstm import MLSTM
 from .moe import MOE
+from .nonlinear import NONLINEAR
 from .recurrence_axes import RECURRENCE
 from .selective import SELECTIVE
 
@@ -22,6 +23,7 @@ CATALOGUE: tuple[Primitive, ...] = (
     MLSTM,
     SELECTIVE,
     GATED_SCAN,
+    NONLINEAR,
     SHORT_CONV,
     MLP,
     MOE,

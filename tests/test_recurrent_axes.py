@@ -16,12 +16,13 @@ from mendel.primitives.conv import SHORT_CONV
 from mendel.primitives.delta_axes import DELTA
 from mendel.primitives.gated_scan import GATED_SCAN
 from mendel.primitives.mlstm import MLSTM
+from mendel.primitives.nonlinear import NONLINEAR
 from mendel.primitives.recurrence_axes import RECURRENCE
 from mendel.primitives.recurrent_parts import auto_heads
 from mendel.primitives.selective import SELECTIVE
 
 WIDTH, TOKENS = 32, 19
-PRIMITIVES = (RECURRENCE, DELTA, MLSTM, SELECTIVE, GATED_SCAN, SHORT_CONV)
+PRIMITIVES = (RECURRENCE, DELTA, MLSTM, SELECTIVE, GATED_SCAN, NONLINEAR, SHORT_CONV)
 
 
 def draw(primitive: Primitive, seed: int) -> dict[str, Gene]:
