@@ -31,7 +31,7 @@ from .records import TrialRecord
 Trait = float | str
 LEAST_TRIALS = 12
 """Fewer say nothing."""
-MOST_TRIALS = 800
+MOST_TRIALS = 400
 """More are thinned evenly; the importances settle long before."""
 TRAITS = {
     "attention share": "share of the mixer slots that hold attention",

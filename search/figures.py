@@ -10,7 +10,18 @@ import plotly.graph_objects as go
 
 from .front import Outcome
 from .objectives import Goal
-from .plotting import BLUE, GREEN, GROUPS, INK, ORANGE, PURPLE, VERMILLION, layout, scale_axis
+from .plotting import (
+    BLUE,
+    GREEN,
+    GROUPS,
+    INK,
+    ORANGE,
+    PURPLE,
+    VERMILLION,
+    layout,
+    scale_axis,
+    time_unit,
+)
 from .records import TrialRecord
 
 
@@ -101,26 +112,20 @@ def histories_figure(
 ) -> go.Figure:
     """Hypervolume of several runs: rows hold complete trials or seconds, and the volume."""
     figure = go.Figure(layout=layout())
-    hours = over == "time" and any(rows and rows[-1][0] > 7200 for rows in histories.values())
-    scale = 3600.0 if hours else 60.0 if over == "time" else 1.0
+    longest = max((rows[-1][0] for rows in histories.values() if rows), default=0.0)
+    scale, word = (1.0, "complete trials") if over == "trials" else time_unit(longest)
     for i, (name, rows) in enumerate(histories.items()):
         colour, dash, _ = LINES[i % len(LINES)]
-        # Of a long flat stretch only the corners are needed.
-        kept = [
-            row
-            for k, row in enumerate(rows)
-            if k in (0, len(rows) - 1) or row[1] != rows[k - 1][1] or row[1] != rows[k + 1][1]
-        ]
         figure.add_trace(
             go.Scatter(
                 name=escape(name),
-                x=[row[0] / scale for row in kept],
-                y=[row[1] for row in kept],
+                x=[row[0] / scale for row in rows],
+                y=[row[1] for row in rows],
                 mode="lines",
                 line={"shape": "hv", "color": colour, "dash": dash, "width": 2},
             )
         )
-    words = "complete trials" if over == "trials" else f"{'hours' if hours else 'minutes'} at work"
+    words = word if over == "trials" else f"{word} at work"
     figure.update_xaxes(title_text=words, rangemode="tozero")
     figure.update_yaxes(title_text="hypervolume ↑", rangemode="tozero")
     figure.update_layout(height=340, showlegend=True)
@@ -142,7 +147,12 @@ def fronts_figure(fronts: Mapping[str, Sequence[TrialRecord]], x: Goal, y: Goal)
                 x=[t.values[x.label] for t in trials],
                 y=[t.values[y.label] for t in trials],
                 mode="markers",
-                marker={"color": colour, "symbol": symbols, "size": 11, "line": {"width": 2}},
+                marker={
+                    "color": colour,
+                    "symbol": symbols,
+                    "size": 11,
+                    "line": {"width": 2, "color": colour},
+                },
                 text=[escape(t.baseline or f"trial {t.number}") for t in trials],
                 hovertemplate=f"{escape(name)}<br>%{{text}}<extra></extra>",
             )

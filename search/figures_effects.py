@@ -15,7 +15,18 @@ from .effects import Effect
 from .figures_front import grouped, is_shown
 from .front import Outcome, label_text
 from .objectives import Goal
-from .plotting import BLUE, GREEN, GROUPS, INK, ORANGE, VERMILLION, is_wide, layout, scale_axis
+from .plotting import (
+    BLUE,
+    GREEN,
+    GROUPS,
+    INK,
+    ORANGE,
+    VERMILLION,
+    is_wide,
+    layout,
+    scale_axis,
+    time_unit,
+)
 from .records import TrialRecord
 from .units import duration_text, value_text
 
@@ -186,7 +197,7 @@ def parallel_figure(
 def rung_figure(found: Sequence[RungTime]) -> go.Figure:
     """Worker time per rung."""
     figure = go.Figure(layout=layout())
-    scale, word = _unit(max((r.seconds for r in found), default=0.0))
+    scale, word = time_unit(max((r.seconds for r in found), default=0.0))
     figure.add_trace(
         go.Bar(
             x=[f"rung {r.rung}" for r in found],
@@ -207,7 +218,7 @@ def rung_figure(found: Sequence[RungTime]) -> go.Figure:
 def occupancy_figure(found: Occupancy) -> go.Figure:
     """The share of the workers that trained, over the time at work."""
     figure = go.Figure(layout=layout())
-    scale, word = _unit(found.edges[-1])
+    scale, word = time_unit(found.edges[-1])
     figure.add_trace(
         go.Scatter(
             x=[edge / scale for edge in found.edges],
@@ -235,9 +246,3 @@ def occupancy_figure(found: Occupancy) -> go.Figure:
     figure.update_yaxes(title_text="workers that train", tickformat=".0%", range=[0, 1.08])
     figure.update_layout(height=340)
     return figure
-
-
-def _unit(seconds: float) -> tuple[float, str]:
-    if seconds >= 7200:
-        return 3600.0, "hours"
-    return (60.0, "minutes") if seconds >= 120 else (1.0, "seconds")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
@@ -31,6 +31,8 @@ from .units import value_text
 MANY, FEW = 1500, 400
 """Points of a group beyond which those that cover each other are drawn once; points up to which
 each carries its genome as a text."""
+OBSTACLES = 120
+"""Points that labels keep away from, those of the front and the baselines first."""
 CELL = 6.0
 """Pixels that count as one spot."""
 
@@ -70,8 +72,8 @@ def front_figure(found: Outcome, x: Goal, y: Goal, view: View | None = None) -> 
     }
     everyone = [t for trials in shown.values() for t in trials]
     figure = go.Figure(layout=layout())
-    scale_axis(figure, "x", x, [v for t in everyone for v in _extent(t, x, view)])
-    scale_axis(figure, "y", y, [v for t in everyone for v in _extent(t, y, view)])
+    scale_axis(figure, "x", x, _extents(everyone, x, view))
+    scale_axis(figure, "y", y, _extents(everyone, y, view))
     line = _staircase(list(found.front), x, y)
     if line:
         figure.add_trace(
@@ -123,9 +125,12 @@ def _spread(trial: TrialRecord, goal: Goal, view: View) -> tuple[float, float] |
     return over_seeds or ((found.low, found.high) if found else None)
 
 
-def _extent(trial: TrialRecord, goal: Goal, view: View) -> list[float]:
-    """The value and, where there is one, the ends of its error bar."""
-    return [trial.values[goal.label], *(_spread(trial, goal, view) or ())]
+def _extents(trials: Sequence[TrialRecord], goal: Goal, view: View) -> list[float]:
+    """The values and, where there are any, the ends of their error bars."""
+    values = [t.values[goal.label] for t in trials]
+    if view.spreads or goal.objective.stage == "measured":
+        values += [v for t in trials for v in _spread(t, goal, view) or ()]
+    return values
 
 
 def _points(
@@ -329,7 +334,7 @@ def _labels(
     def pixel(trial: TrialRecord) -> tuple[float, float]:
         return to_x(trial.values[x.label]), to_y(trial.values[y.label])
 
-    taken = [(px - 7, py - 7, px + 7, py + 7) for px, py in map(pixel, everyone[:FEW])]
+    taken = [(px - 7, py - 7, px + 7, py + 7) for px, py in map(pixel, everyone[:OBSTACLES])]
     named = [(t, t.baseline or "") for t in everyone if t.baseline]
     named += [(t, "knee") for t in everyone if t.number == found.knee and not t.baseline]
     for trial, text in named:
@@ -379,9 +384,10 @@ def _coordinate(axis: Any, value: float) -> float:
     return math.log10(value) if axis.type == "log" else value
 
 
-def _scale(axis: Any, size: float) -> Any:
-    low, high = axis.range
-    return lambda value: (_coordinate(axis, value) - low) / (high - low) * size
+def _scale(axis: Any, size: float) -> Callable[[float], float]:
+    # Read once: each look into a figure's layout takes long.
+    (low, high), log = axis.range, axis.type == "log"
+    return lambda value: ((math.log10(value) if log else value) - low) / (high - low) * size
 
 
 _SYMBOLS_3D = {

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 Losses = NDArray[np.float64]
 
+_BLOCK = 512
+"""Rows of a history that are looked at together."""
+
 
 def as_losses(rows: Sequence[Sequence[float]]) -> Losses:
     """Rows of equal length as an (n, m) array; no rows give (0, 0)."""
@@ -129,13 +132,16 @@ class Frame:
         add to it, so the others cost one comparison."""
         history: list[float] = []
         kept = np.zeros((0, len(self.low)))
-        for row in losses:
-            covered = len(kept) > 0 and bool((kept <= row).all(1).any())
-            if covered:
-                history.append(history[-1])
-                continue
-            kept = np.vstack([kept[~(kept >= row).all(1)], row])
-            history.append(self.hypervolume(kept))
+        for start in range(0, len(losses), _BLOCK):
+            block = losses[start : start + _BLOCK]
+            # Most rows of a long run are covered from the start: one look for a whole block.
+            early = (kept[:, None, :] <= block[None, :, :]).all(2).any(0)
+            for row, skip in zip(block, early, strict=True):
+                if skip or bool((kept <= row).all(1).any()):
+                    history.append(history[-1])
+                    continue
+                kept = np.vstack([kept[~(kept >= row).all(1)], row])
+                history.append(self.hypervolume(kept))
         return history
 
 

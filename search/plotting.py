@@ -110,6 +110,13 @@ def is_wide(goal: Goal, values: NDArray[np.float64]) -> bool:
     return bool(values.min() > 0 and values.max() / values.min() >= LOG_SPAN)
 
 
+def time_unit(longest: float) -> tuple[float, str]:
+    """Seconds of the unit that times up to `longest` seconds read best in, and its name."""
+    if longest >= 7200:
+        return 3600.0, "hours"
+    return (60.0, "minutes") if longest >= 120 else (1.0, "seconds")
+
+
 def log_ticks(low: float, high: float, base: float) -> list[float]:
     """A few round values between two that are above 0."""
     first, last = math.ceil(math.log(low, base)), math.floor(math.log(high, base))

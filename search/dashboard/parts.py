@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 from urllib.parse import parse_qs, urlencode
 
@@ -11,6 +12,8 @@ from dash import dcc, html
 
 MOST_ROWS = 200
 """Rows of a table that are shown; a sentence says how many there are."""
+
+_CHANGES = {"+": "added", "-": "removed"}
 
 Child = Any
 """What Dash takes as a child: a component, a text, or a list of them."""
@@ -38,10 +41,40 @@ def link(text: Child, path: str, **query: object) -> dcc.Link:
     return dcc.Link(text, href=href(path, **query))
 
 
-def trial_link(run: str, number: int, baseline: str | None = None) -> dcc.Link:
-    """A link to a trial's page."""
+class Raw(str):
+    """HTML that this module made, every text in it escaped. Only tables take it."""
+
+
+def anchor(text: str, path: str, **query: object) -> Raw:
+    """A link within the dashboard, as a cell of a table."""
+    return Raw(f'<a data-inner href="{escape(href(path, **query))}">{escape(text)}</a>')
+
+
+def trial_link(run: str, number: int, baseline: str | None = None) -> Raw:
+    """A link to a trial's page, as a cell of a table."""
     text = f"{number} {baseline}" if baseline else str(number)
-    return link(text, "/trial", run=run, trial=number)
+    return anchor(text, "/trial", run=run, trial=number)
+
+
+def badge(state: str) -> Raw:
+    """A state, as a cell of a table."""
+    return Raw(f'<span class="badge {escape(state)}">{escape(state)}</span>')
+
+
+def changes(found: Sequence[tuple[str, str]], most: int = 8) -> Raw:
+    """Signs and texts of `designs.differences` as a list, as a cell of a table."""
+    items = [
+        f'<li class="{_CHANGES.get(sign, "")}">'
+        f"<b>{escape(sign)}</b> <code>{escape(text)}</code></li>"
+        for sign, text in found[:most]
+    ]
+    if len(found) > most:
+        items.append(f"<li>and {len(found) - most} more</li>")
+    return Raw(f'<ul class="changes">{"".join(items)}</ul>' if items else "")
+
+
+def joined(cells: Sequence[Raw]) -> Raw:
+    return Raw(" ".join(cells))
 
 
 def note(text: Child) -> html.P:
@@ -56,46 +89,41 @@ def sentence(text: str) -> html.P:
 def table(
     caption: str,
     columns: Sequence[str],
-    rows: Sequence[Sequence[Child]],
+    rows: Sequence[Sequence[str]],
     numbers: Sequence[str] = (),
     code: Sequence[str] = (),
     roles: Sequence[str] | None = None,
     most: int = MOST_ROWS,
 ) -> html.Div:
-    """A table with a caption; `numbers` and `code` name columns, `roles` is a class per row."""
+    """A table with a caption; `numbers` and `code` name columns, `roles` is a class per row. A cell
+    is a text, which is escaped here, or a Raw. See assets/page.js for how it gets into the page."""
     kinds = ["n" if c in numbers else "code" if c in code else "" for c in columns]
-    shown = rows[:most]
-    body = [
-        html.Tr(
-            [
-                html.Td(html.Code(cell) if kind == "code" and cell else cell, className=kind)
-                for kind, cell in zip(kinds, row, strict=True)
-            ],
-            className=roles[i] if roles else "",
-        )
-        for i, row in enumerate(shown)
-    ]
+    head = "".join(
+        f'<th scope="col" class="{kind}">{escape(name)}</th>'
+        for name, kind in zip(columns, kinds, strict=True)
+    )
+    body = []
+    for i, row in enumerate(rows[:most]):
+        cells = "".join(_cell(cell, kind) for cell, kind in zip(row, kinds, strict=True))
+        body.append(f'<tr class="{escape(roles[i]) if roles else ""}">{cells}</tr>')
     more = f" (the first {most:,} of {len(rows):,})" if len(rows) > most else ""
+    text = (
+        f"<table><caption>{escape(caption + more)}</caption><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(body)}</tbody></table>"
+    )
     return html.Div(
-        html.Table(
-            [
-                html.Caption(caption + more),
-                html.Thead(
-                    html.Tr(
-                        [
-                            html.Th(c, scope="col", className=k)
-                            for c, k in zip(columns, kinds, strict=True)
-                        ]
-                    )
-                ),
-                html.Tbody(body),
-            ]
-        ),
         className="wrap",
         # A table that scrolls sideways must be reachable by keyboard.
         tabIndex=0,
         role="region",
-        **{"aria-label": caption},
+        **{"data-html": text, "aria-label": caption},
+    )
+
+
+def _cell(cell: str, kind: str) -> str:
+    inner = cell if isinstance(cell, Raw) else escape(cell)
+    return (
+        f'<td class="{kind}">{f"<code>{inner}</code>" if kind == "code" and cell else inner}</td>'
     )
 
 
@@ -141,7 +169,3 @@ def tiles(facts: Sequence[tuple[str, str]]) -> html.Div:
         [html.Div([html.B(value), html.Span(name)], className="tile") for value, name in facts],
         className="tiles",
     )
-
-
-def badge(state: str) -> html.Span:
-    return html.Span(state, className=f"badge {state}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import secrets
 import socket
 import threading
@@ -57,9 +58,15 @@ class Dashboard:
 
     def run(self) -> None:
         """Serve until `close` or an interrupt."""
-        # Large runs are read before the first page asks for them.
-        threading.Thread(target=self.watch.poll, daemon=True).start()
+        threading.Thread(target=self._read, daemon=True).start()
         self._server.serve_forever()
+
+    def _read(self) -> None:
+        """Read large runs before the first page asks for them."""
+        self.watch.poll()
+        # The records of a large run are hundreds of thousands of objects that stay: a full
+        # collection of garbage would look at each of them and hold a page up for half a second.
+        gc.freeze()
 
     def close(self) -> None:
         """Stop serving."""

@@ -50,7 +50,9 @@ def body(watched: Watched) -> list[Child]:
         (duration_text(saved.seconds), "of worker time saved"),
     ]
     if busy is not None:
-        facts.append((f"{busy.mean:.0%}", f"of {busy.workers} workers busy"))
+        facts.append(
+            (f"{busy.mean:.0%}", f"of {busy.workers} worker{'' if busy.workers == 1 else 's'} busy")
+        )
         facts.append((duration_text(busy.edges[-1]), "drivers at work"))
     steps = [run.study.steps(r.rung) for r in rungs]
     rows = [
@@ -90,7 +92,7 @@ def body(watched: Watched) -> list[Child]:
         [duration_text(busy.edges[i]), f"{share:.0%}"] for i, share in enumerate(busy.shares)
     ]
     said = (
-        f"On average {busy.mean:.0%} of {busy.workers} workers trained; the rest is starting, "
+        f"On average {busy.mean:.0%} of the workers trained; the rest is starting, "
         "measuring, waiting and scoring that no rung counts."
     )
     parts[-1].children.append(

@@ -138,7 +138,7 @@ def _numbers(watched: Watched, designs: Sequence[Design]) -> list[Child]:
     """Costs with their ratios to the first design, and objectives of those that were trained."""
     context, dtype = context_of(watched)
     totals = [outline_of(watched, d).cost.total for d in designs]
-    rows: list[list[Child]] = []
+    rows: list[list[str]] = []
     counts = (
         ("parameters", [t.params for t in totals], count_text),
         ("active for one token", [t.active_params for t in totals], count_text),
@@ -214,7 +214,7 @@ def _pictures(watched: Watched, designs: Sequence[Design]) -> list[Child]:
 def _genomes(designs: Sequence[Design]) -> list[Child]:
     names = _distinct([d.name for d in designs])
     columns = [slots_of(d.genome) for d in designs]
-    rows: list[list[Child]] = []
+    rows: list[list[str]] = []
     roles = []
     for name in ("width", "position", "norm", "placement", "tied"):
         values = [str(getattr(d.genome, name)) for d in designs]
@@ -222,12 +222,12 @@ def _genomes(designs: Sequence[Design]) -> list[Child]:
         roles.append("" if len(set(values)) == 1 else "differs")
     for i in range(max(len(c) for c in columns)):
         cells = [c[i] if i < len(c) else "" for c in columns]
-        rows.append([f"slot {i}", *(html.Code(c) if c else "" for c in cells)])
+        rows.append([f"slot {i}", *cells])
         rows[-1].append("same" if len(set(cells)) == 1 else "differs")
         roles.append("" if len(set(cells)) == 1 else "differs")
     parts: list[Child] = [
         html.H2("Genomes"),
-        table("Gene by gene", ["", *names, "all"], rows, roles=roles),
+        table("Gene by gene", ["", *names, "all"], rows, code=names, roles=roles),
     ]
     for name, other in zip(names[1:], designs[1:], strict=True):
         changes = differences(designs[0].genome, other.genome)

@@ -34,6 +34,8 @@ from .view_runs import histories
 from .watch import Watch, Watched
 
 NONE = "none"
+MOST_LISTED = 50
+"""Rows of a table of trials."""
 
 
 def make(watch: Watch, watched: Watched, query: Mapping[str, str]) -> list[Child]:
@@ -307,7 +309,7 @@ def _tables(watched: Watched, found: Outcome) -> Child:
 def _trials(watched: Watched, found: Outcome, trials: Any, caption: str) -> Child:
     labels = [label_text(g) for g in found.goals]
     rows = []
-    for t in trials[:200]:
+    for t in trials[:MOST_LISTED]:
         name = "knee" if t.number == found.knee else ""
         rows.append(
             [
@@ -318,21 +320,22 @@ def _trials(watched: Watched, found: Outcome, trials: Any, caption: str) -> Chil
             ]
         )
     mark = ["note"] if found.knee is not None else []
-    if len(trials) > 200:
-        caption += f" (the first 200 of {len(trials):,})"
+    if len(trials) > MOST_LISTED:
+        caption += f" (the first {MOST_LISTED} of {len(trials):,})"
     return table(caption, ["trial", *mark, *labels, "genome"], rows, labels, ["genome"])
 
 
 def _detail(watched: Watched, found: Outcome, chosen: list[int]) -> Child:
     trials = [t for n in chosen if (t := watched.trial(n)) is not None]
     if not trials:
-        return [
-            html.H2("Choose a point"),
-            note(
-                "Click a point, or draw a box or a lasso around several. By keyboard: follow a "
-                "trial's link in the tables below."
-            ),
-        ]
+        hint = note(
+            "Click a point, or draw a box or a lasso around several. By keyboard: follow a "
+            "trial's link in the tables below."
+        )
+        knee = watched.trial(found.knee) if found.knee is not None else None
+        if knee is None:
+            return [html.H2("Choose a point"), hint]
+        return [hint, html.P("Suggested, the knee of the front:"), *one(watched, found, knee)]
     if len(trials) == 1:
         return one(watched, found, trials[0])
     rows = [
@@ -350,7 +353,7 @@ def _detail(watched: Watched, found: Outcome, chosen: list[int]) -> Child:
     return parts
 
 
-def one(watched: Watched, found: Outcome, trial: TrialRecord) -> Child:
+def one(watched: Watched, found: Outcome, trial: TrialRecord) -> list[Child]:
     """A trial in short, with ways on."""
     name = trial.baseline or f"Trial {trial.number}"
     rows = [[label_text(g), shown_value(trial, g)] for g in found.goals if g.label in trial.values]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 
+import numpy as np
 from dash import Dash, Input, Output, State, dcc, html
 from dash.exceptions import PreventUpdate
 
 from ..figures import fronts_figure, histories_figure
-from ..front import losses
-from ..pareto import Frame, as_losses
+from ..front import losses, shown_value
+from ..pareto import Frame
 from ..run import RunView
 from ..units import duration_text
-from .parts import Child, link, note, plot, sentence, table
+from .parts import Child, Raw, anchor, badge, note, plot, sentence, table, trial_link
 from .watch import Watch, Watched
 
 MOST_LAID = 6
@@ -74,11 +75,11 @@ def _labels(run: RunView) -> list[str]:
 
 
 def _overview(watch: Watch) -> Child:
-    rows: list[list[Child]] = []
+    rows: list[list[str]] = []
     for w in watch.runs.values():
         if w.view is None:
             rows.append(
-                [w.key, html.Span("unreadable", className="badge failed"), w.problem, *[""] * 6]
+                [w.key, Raw('<span class="badge failed">unreadable</span>'), w.problem, *[""] * 6]
             )
             continue
         found = w.outcome()
@@ -86,8 +87,8 @@ def _overview(watch: Watch) -> Child:
         eta = w.eta()
         rows.append(
             [
-                link(w.key, "/front", run=w.key),
-                html.Span(w.state, className=f"badge {w.state}"),
+                anchor(w.key, "/front", run=w.key),
+                badge(w.state),
                 w.run.study.question,
                 f"{ended} of {wanted}",
                 "" if eta is None else duration_text(eta),
@@ -127,6 +128,17 @@ def _laid(watch: Watch, chosen: list[str]) -> Child:
                 "runs-fronts",
                 fronts_figure(fronts, goals[1], goals[0]),
                 f"The fronts in {labels[1]} and {labels[0]}; members: {sizes}. Hollow: baselines.",
+                table(
+                    "Members of the fronts",
+                    ["run", "trial", *labels],
+                    [
+                        [w.key, trial_link(w.key, t.number, t.baseline)]
+                        + [shown_value(t, g) for g in goals]
+                        for w in same
+                        for t in w.outcome().front
+                    ],
+                    labels,
+                ),
             )
         )
     return parts
@@ -134,28 +146,29 @@ def _laid(watch: Watch, chosen: list[str]) -> Child:
 
 def histories(runs: list[Watched], over_time: bool = True) -> html.Div:
     """Hypervolume of runs with the same objectives, in one common frame."""
-    goals = runs[0].run.goals
-    rows = [losses(goals, w.outcome().complete) for w in runs]
-    frame = Frame.around(
-        as_losses([row for block in rows for row in block.tolist()]),
-        [g.loss_bounds() for g in goals],
-    )
     trials: dict[str, list[tuple[float, float]]] = {}
     times: dict[str, list[tuple[float, float]]] = {}
-    for w in runs:
-        ordered = sorted(w.outcome().complete, key=lambda t: (t.finished, t.number))
-        volumes = frame.hypervolume_history(losses(goals, ordered))
-        trials[w.key] = [(float(i + 1), v) for i, v in enumerate(volumes)]
+    for w, history in zip(runs, _histories(runs), strict=True):
+        # Where nothing was gained there is no corner to draw.
+        kept = [
+            i
+            for i, (_, v) in enumerate(history)
+            if i in (0, len(history) - 1) or v != history[i - 1][1]
+        ]
+        trials[w.key] = [(float(i + 1), history[i][1]) for i in kept]
         clock = working_clock(w.run)
-        times[w.key] = [(clock(t.finished), v) for t, v in zip(ordered, volumes, strict=True)]
-    ends = "; ".join(f"{key} {rows[-1][1]:.4f} after {len(rows)}" for key, rows in trials.items())
-    said = f"Hypervolume after each complete trial, in one frame for all shown: {ends}."
+        finished = {t.number: t.finished for t in w.outcome().complete}
+        times[w.key] = [(clock(finished[history[i][0]]), history[i][1]) for i in kept]
+    ends = "; ".join(f"{k} {rows[-1][1]:.4f} after {rows[-1][0]:.0f}" for k, rows in trials.items())
+    frame = ", in one frame for all shown" if len(runs) > 1 else ""
+    said = f"Hypervolume over complete trials{frame}: {ends}."
     numbers = table(
         "Hypervolume",
         ["run", "complete trials", "time at work", "hypervolume"],
         [
-            [key, str(len(rows)), duration_text(times[key][-1][0]), f"{rows[-1][1]:.4f}"]
+            [key, f"{count:.0f}", duration_text(times[key][i][0]), f"{volume:.4f}"]
             for key, rows in trials.items()
+            for i, (count, volume) in enumerate(rows)
         ],
         ["complete trials", "time at work", "hypervolume"],
     )
@@ -166,9 +179,25 @@ def histories(runs: list[Watched], over_time: bool = True) -> html.Div:
                 "volume-time",
                 histories_figure(times, "time"),
                 "The same over the time that a driver was at work; pauses are left out.",
+                numbers,
             )
         )
     return html.Div(parts, className="two")
+
+
+def _histories(runs: list[Watched]) -> list[Sequence[tuple[int, float]]]:
+    """(trial, hypervolume) per complete trial of each run: in the run's own frame where it stands
+    alone, else in one frame around all."""
+    if len(runs) == 1:
+        return [runs[0].outcome().history]
+    goals = runs[0].run.goals
+    ordered = [sorted(w.outcome().complete, key=lambda t: (t.finished, t.number)) for w in runs]
+    rows = [losses(goals, trials) for trials in ordered]
+    frame = Frame.around(np.vstack(rows), [g.loss_bounds() for g in goals])
+    return [
+        [(t.number, v) for t, v in zip(trials, frame.hypervolume_history(block), strict=True)]
+        for trials, block in zip(ordered, rows, strict=True)
+    ]
 
 
 def working_clock(run: RunView) -> Callable[[str], float]:

@@ -17,7 +17,19 @@ from ..records import TrialRecord
 from ..units import bytes_text, count_text, duration_text
 from .designs import UNREADABLE, Design, context_of, design, lineage, outline_of, slots_of
 from .downloads import export_files
-from .parts import Child, control, fold, href, note, plot, sentence, table, trial_link
+from .parts import (
+    Child,
+    changes,
+    control,
+    fold,
+    href,
+    joined,
+    note,
+    plot,
+    sentence,
+    table,
+    trial_link,
+)
 from .watch import Watch, Watched
 
 
@@ -222,7 +234,7 @@ def _costs(cost: Cost) -> list[str]:
 
 
 def _results(watched: Watched, trial: TrialRecord) -> list[Child]:
-    rows: list[list[Child]] = []
+    rows: list[list[str]] = []
     for rung in trial.rungs:
         for proxy, scores in rung.scores.items():
             others = ", ".join(f"{k} {v:.4g}" for k, v in scores.items() if k != "score")
@@ -230,7 +242,7 @@ def _results(watched: Watched, trial: TrialRecord) -> list[Child]:
             steps = f"{rung.steps.get(proxy, 0):,}"
             shown = "" if score is None else f"{score:.4f}"
             rows.append([str(rung.rung), proxy, steps, shown, others])
-    facts: list[list[Child]] = [
+    facts: list[list[str]] = [
         [label_text(g), shown_value(trial, g)] for g in watched.run.goals if g.label in trial.values
     ]
     if trial.rungs:
@@ -290,29 +302,18 @@ def _curves(watch: Watch, watched: Watched, trial: TrialRecord) -> list[Child]:
 
 def _lineage(watched: Watched, trial: TrialRecord) -> list[Child]:
     steps = lineage(watched, trial)
-    rows: list[list[Child]] = []
+    rows: list[list[str]] = []
     for step in steps:
         t = step.trial
-        parents: list[Child] = []
-        for n in t.parents:
-            parents += [trial_link(watched.key, n), " "]
+        parents = joined([trial_link(watched.key, n) for n in t.parents])
         start = "baseline" if t.baseline else "random start" if not t.parents else ""
-        changes = [
-            html.Li(
-                [html.B(f"{sign} "), html.Code(text)],
-                className={"+": "added", "-": "removed"}.get(sign, ""),
-            )
-            for sign, text in step.changes[:8]
-        ]
-        if len(step.changes) > 8:
-            changes.append(html.Li(f"and {len(step.changes) - 8} more"))
         rows.append(
             [
                 str(step.generation),
                 trial_link(watched.key, t.number, t.baseline),
                 parents or start,
                 t.variation if not t.baseline else "",
-                html.Ul(changes, className="changes") if changes else "",
+                changes(step.changes),
             ]
         )
     last = steps[-1].trial
