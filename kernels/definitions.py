@@ -104,6 +104,29 @@ def delta_rule(
     return torch.stack(o, dim=1).to(v.dtype), S
 
 
+def diagonal_low_rank(
+    q: BTHK,
+    k: BTHK,
+    v: BTHV,
+    a: BTHK,
+    b: BTHK,
+    log_decay: BTHK,
+    state: BHKV | None,
+    scale: float,
+) -> tuple[BTHV, BHKV]:
+    """S_t = Diag(exp g_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T;  o_t = scale S_t^T q_t."""
+    dtype = accumulator(q, k, v, a, b, log_decay, state)
+    S = _initial(state, (q.shape[0], *q.shape[2:], v.shape[-1]), dtype, q)
+    o = []
+    for t in range(q.shape[1]):
+        read = torch.einsum("bhkv,bhk->bhv", S, a[:, t].to(dtype))
+        S = log_decay[:, t, :, :, None].to(dtype).exp() * S
+        S = S + b[:, t, :, :, None].to(dtype) * read[:, :, None]
+        S = S + k[:, t, :, :, None].to(dtype) * v[:, t, :, None, :].to(dtype)
+        o.append(scale * torch.einsum("bhkv,bhk->bhv", S, q[:, t].to(dtype)))
+    return torch.stack(o, dim=1).to(v.dtype), S
+
+
 def mlstm(
     q: BTHK,
     k: BTHK,

@@ -14,12 +14,14 @@ from .mlstm import MLSTM
 from .moe import MOE
 from .nonlinear import NONLINEAR
 from .recurrence_axes import RECURRENCE
+from .rwkv7 import RWKV7
 from .selective import SELECTIVE
 
 CATALOGUE: tuple[Primitive, ...] = (
     ATTENTION,
     RECURRENCE,
     DELTA,
+    RWKV7,
     MLSTM,
     SELECTIVE,
     GATED_SCAN,

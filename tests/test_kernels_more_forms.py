@@ -1,4 +1,6 @@
-"""Chunked forms of the pre-read and of the delta rule per channel against their definitions.
+"""Chunked forms of the pre-read, the delta rule per channel and diagonal plus low rank.
+
+Each against its definition.
 
 Outputs, final states and every gradient, as norms of differences over norms: 1e-10 in float64, far
 above its rounding and far below a mistake in a formula; 1e-5 in float32, about 100 times its
@@ -18,6 +20,7 @@ from torch.nn import functional as F
 
 from mendel.kernels.backend import use_backend
 from mendel.kernels.delta_rule import delta_rule
+from mendel.kernels.diagonal_low_rank import diagonal_low_rank
 from mendel.kernels.preread import matrix_state_preread
 
 B, H, K, V = 2, 3, 8, 6
@@ -26,10 +29,12 @@ Inputs = dict[str, Tensor | None]
 OPS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "preread": matrix_state_preread,
     "delta_rule": delta_rule,
+    "low_rank": diagonal_low_rank,
 }
 CASES = [
     *(("preread", form) for form in ("none", "fixed", "scalar", "vector")),
     ("delta_rule", "vector"),
+    ("low_rank", "vector"),
 ]
 DECAYING = [case for case in CASES if case[1] != "none"]
 
@@ -58,6 +63,10 @@ def inputs(op: str, form: str, tokens: int, kind: str = "usual") -> Inputs:
     }
     if op == "preread":
         found["bonus"] = normal(H, K)
+    elif op == "low_rank":
+        unit = F.normalize(normal(B, tokens, H, K), dim=-1)
+        found["a"] = -unit
+        found["b"] = unit * torch.rand((B, tokens, H, K), generator=g, dtype=torch.float64)
     else:
         assert found["k"] is not None
         found["k"] = F.normalize(found["k"], dim=-1)
