@@ -18,6 +18,10 @@ LARGEST = 80.0
 """The mLSTM divides by exp of this at most: what is that far below 1 is 0 beside anything else."""
 
 
+NOTHING = -1e30
+"""The logarithm of an empty sum, finite so that differences of it are."""
+
+
 def accumulator(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of sums and states: the widest of the inputs', and float32 at least."""
     dtype = torch.float32
@@ -179,6 +183,29 @@ def selective_scan(x: BTD, dt: BTD, a: DN, b: BTN, c: BTN, state: BDN | None) ->
         h = torch.exp(step * a.to(dtype)) * h + written
         out.append(torch.einsum("bdn,bn->bd", h, c[:, t].to(dtype)))
     return torch.stack(out, dim=1).to(x.dtype), h
+
+
+def wkv(
+    k: BTD, v: BTD, log_decay: D, bonus: D, state: tuple[BD, BD, BD] | None
+) -> tuple[BTD, tuple[BD, BD, BD]]:
+    """y_t = (num + e^{u+k} v) / (den + e^{u+k}), then num = e^g num + e^k v, den = e^g den + e^k;
+    num and den over exp(m_t), m_t = max(g + m_{t-1}, k_t)."""
+    dtype = accumulator(k, v, log_decay, bonus, None if state is None else state[0])
+    if state is None:
+        zero = torch.zeros_like(v[:, 0], dtype=dtype)
+        state = zero, zero, torch.full_like(zero, NOTHING)
+    num, den, m = (t.to(dtype) for t in state)
+    g, u = log_decay.to(dtype), bonus.to(dtype)
+    out = []
+    for t in range(k.shape[1]):
+        key, value = k[:, t].to(dtype), v[:, t].to(dtype)
+        most = torch.maximum(m, u + key)
+        old, new = torch.exp(m - most), torch.exp(u + key - most)
+        out.append((old * num + new * value) / (old * den + new))
+        most = torch.maximum(g + m, key)
+        old, new = torch.exp(g + m - most), torch.exp(key - most)
+        num, den, m = old * num + new * value, old * den + new, most
+    return torch.stack(out, dim=1).to(v.dtype), (num, den, m)
 
 
 def short_conv(

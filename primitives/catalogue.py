@@ -14,6 +14,7 @@ from .mlstm import MLSTM
 from .moe import MOE
 from .nonlinear import NONLINEAR
 from .recurrence_axes import RECURRENCE
+from .rwkv4 import RWKV4
 from .rwkv7 import RWKV7
 from .selective import SELECTIVE
 
@@ -25,6 +26,7 @@ CATALOGUE: tuple[Primitive, ...] = (
     MLSTM,
     SELECTIVE,
     GATED_SCAN,
+    RWKV4,
     NONLINEAR,
     SHORT_CONV,
     MLP,
