@@ -78,18 +78,18 @@ def occupancy(trials: int, folder: Path) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000])
+    parser.add_argument("--sizes", type=int, nargs="*", default=[1000, 10_000])
     parser.add_argument("--trials", type=int, default=60, help="trials of ten seconds; 0 for none")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = [per_trial(size, Path(folder)) for size in arguments.sizes]
-        save(
-            "driver_cost",
-            "What does the driver cost per trial?",
-            rows,
-            storage="Optuna journal file",
-            sampler="evolution",
-        )
+        if arguments.sizes:
+            save(
+                "driver_cost",
+                "What does the driver cost per trial?",
+                [per_trial(size, Path(folder)) for size in arguments.sizes],
+                storage="Optuna journal file",
+                sampler="evolution",
+            )
         if arguments.trials:
             save(
                 "occupancy",
