@@ -208,6 +208,21 @@ def wkv(
     return torch.stack(out, dim=1).to(v.dtype), (num, den, m)
 
 
+def time_invariant(u: BTD, a: Tensor, c: Tensor, state: Tensor | None) -> tuple[BTD, Tensor]:
+    """x_t = exp(a) x_{t-1} + u_t;  y_t = 2 Re sum_n c x_t;  a, c complex (D, N), the state (B, D,
+    N, 2)."""
+    dtype = accumulator(u, state)
+    wide = torch.complex128 if dtype == torch.float64 else torch.complex64
+    x = torch.zeros(u.shape[0], *a.shape, dtype=wide, device=u.device)
+    if state is not None:
+        x = torch.view_as_complex(state.to(dtype).contiguous())
+    out = []
+    for t in range(u.shape[1]):
+        x = torch.exp(a).to(wide) * x + u[:, t, :, None].to(dtype)
+        out.append(2 * (c.to(wide) * x).sum(-1).real)
+    return torch.stack(out, dim=1).to(u.dtype), torch.view_as_real(x)
+
+
 def short_conv(
     x: BTD,
     weight: DW,

@@ -16,6 +16,7 @@ from .nonlinear import NONLINEAR
 from .recurrence_axes import RECURRENCE
 from .rwkv4 import RWKV4
 from .rwkv7 import RWKV7
+from .s4d import S4D
 from .selective import SELECTIVE
 
 CATALOGUE: tuple[Primitive, ...] = (
@@ -25,6 +26,7 @@ CATALOGUE: tuple[Primitive, ...] = (
     RWKV7,
     MLSTM,
     SELECTIVE,
+    S4D,
     GATED_SCAN,
     RWKV4,
     NONLINEAR,

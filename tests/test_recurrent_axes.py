@@ -21,10 +21,22 @@ from mendel.primitives.recurrence_axes import RECURRENCE
 from mendel.primitives.recurrent_parts import auto_heads
 from mendel.primitives.rwkv4 import RWKV4
 from mendel.primitives.rwkv7 import RWKV7
+from mendel.primitives.s4d import S4D
 from mendel.primitives.selective import SELECTIVE
 
 WIDTH, TOKENS = 32, 19
-PRIMITIVES = (RECURRENCE, DELTA, RWKV7, MLSTM, SELECTIVE, GATED_SCAN, RWKV4, NONLINEAR, SHORT_CONV)
+PRIMITIVES = (
+    RECURRENCE,
+    DELTA,
+    RWKV7,
+    MLSTM,
+    SELECTIVE,
+    S4D,
+    GATED_SCAN,
+    RWKV4,
+    NONLINEAR,
+    SHORT_CONV,
+)
 
 
 def draw(primitive: Primitive, seed: int) -> dict[str, Gene]:
