@@ -9,6 +9,7 @@ from .base import Gene, GeneError, Point, Primitive
 from .conv import SHORT_CONV
 from .delta_axes import DELTA
 from .gated_scan import GATED_SCAN
+from .hgrn import HGRN
 from .mlp import MLP
 from .mlstm import MLSTM
 from .moe import MOE
@@ -28,6 +29,7 @@ CATALOGUE: tuple[Primitive, ...] = (
     SELECTIVE,
     S4D,
     GATED_SCAN,
+    HGRN,
     RWKV4,
     NONLINEAR,
     SHORT_CONV,

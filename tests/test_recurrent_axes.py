@@ -15,6 +15,7 @@ from mendel.primitives.base import Gene, GeneError, Operator, Primitive, Site
 from mendel.primitives.conv import SHORT_CONV
 from mendel.primitives.delta_axes import DELTA
 from mendel.primitives.gated_scan import GATED_SCAN
+from mendel.primitives.hgrn import HGRN
 from mendel.primitives.mlstm import MLSTM
 from mendel.primitives.nonlinear import NONLINEAR
 from mendel.primitives.recurrence_axes import RECURRENCE
@@ -33,6 +34,7 @@ PRIMITIVES = (
     SELECTIVE,
     S4D,
     GATED_SCAN,
+    HGRN,
     RWKV4,
     NONLINEAR,
     SHORT_CONV,
