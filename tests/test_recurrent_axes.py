@@ -179,3 +179,13 @@ def test_points_fit_every_width(primitive: Primitive, width: int) -> None:
 )
 def test_heads_by_themselves(inner: int, target: int, heads: int) -> None:
     assert auto_heads(inner, target) == heads
+
+
+@pytest.mark.parametrize(
+    "primitive", [p for p in PRIMITIVES if p is not SHORT_CONV], ids=lambda p: p.name
+)
+def test_every_recurrent_point_has_its_place_in_the_unified_view(primitive: Primitive) -> None:
+    for point in primitive.points:
+        assert point.view is not None, point.name
+        for line in (point.view.update, point.view.stores, point.view.forgets, point.view.loss):
+            assert 5 <= len(line) <= 90, (point.name, line)
