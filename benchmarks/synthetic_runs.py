@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from mendel.genome.files import to_dict
 from mendel.genome.genome import Genome
 from mendel.genome.hash import canonical_hash
@@ -71,7 +72,7 @@ class Synthetic:
             self._write(self._trial(self._drawn(genome), baseline, "complete"))
 
     def append(self, count: int) -> None:
-        """More searched trials: of every ten six complete, two stopped, one infeasible or failed."""
+        """More searched trials: of ten six complete, three stopped, one infeasible or failed."""
         lines: list[str] = []
         for _ in range(count):
             drawn = self.pool[int(self.rng.integers(len(self.pool)))]

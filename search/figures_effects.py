@@ -93,7 +93,7 @@ def trait_figure(found: Outcome, values: Mapping[int, float], trait: str, goal: 
                     "size": style["size"] * 0.8,
                     "line": {"width": 1.5, "color": style["color"]},
                 },
-                customdata=np.array([t.number for t in shown[name]]),
+                customdata=[t.number for t in shown[name]],
                 hovertemplate="trial %{customdata}<extra></extra>",
                 legendrank=_TRAINED.index(name) + 1,
             )

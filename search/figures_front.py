@@ -57,9 +57,10 @@ class View:
     counted: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     """Values of trials that were never trained, per objective that is counted beforehand. Such a
     trial stands at the worse edge of an axis that it has no value on."""
-    window: Rect | None = None
-    """What of the axes is in sight, as (x low, y low, x high, y high) in the axes' coordinates; of
-    points that would cover each other there, one is drawn."""
+    range_x: Sequence[float] | None = None
+    """What of the axis is in sight, in the axis' coordinates; None for all. Of points that would
+    cover each other there, one is drawn."""
+    range_y: Sequence[float] | None = None
 
 
 def front_figure(found: Outcome, x: Goal, y: Goal, view: View | None = None) -> go.Figure:
@@ -74,6 +75,10 @@ def front_figure(found: Outcome, x: Goal, y: Goal, view: View | None = None) -> 
     figure = go.Figure(layout=layout())
     scale_axis(figure, "x", x, _extents(everyone, x, view))
     scale_axis(figure, "y", y, _extents(everyone, y, view))
+    if view.range_x is not None:
+        figure.update_xaxes(range=list(view.range_x))
+    if view.range_y is not None:
+        figure.update_yaxes(range=list(view.range_y))
     line = _staircase(list(found.front), x, y)
     if line:
         figure.add_trace(
@@ -143,7 +148,7 @@ def _points(
     view: View,
 ) -> go.Scatter:
     style = GROUPS[name]
-    drawn = trials if len(trials) <= MANY else _thinned(figure, trials, x, y, view.window)
+    drawn = trials if len(trials) <= MANY else _thinned(figure, trials, x, y)
     few = len(drawn) <= FEW
     marker: dict[str, Any] = {"symbol": style["symbol"], "size": style["size"]}
     if view.colour is None:
@@ -163,25 +168,25 @@ def _points(
         mode="markers",
         marker=marker,
         text=[_hover(t, found) for t in drawn] if few else None,
-        customdata=np.array([t.number for t in drawn]),
+        # A list, because dcc.Graph leaves arrays out of what it tells of a click.
+        customdata=[t.number for t in drawn],
         hovertemplate="%{text}<extra></extra>" if few else "trial %{customdata}<extra></extra>",
         legendrank=list(GROUPS).index(name) + 1,
     )
 
 
 def _thinned(
-    figure: go.Figure, trials: Sequence[TrialRecord], x: Goal, y: Goal, window: Rect | None
+    figure: go.Figure, trials: Sequence[TrialRecord], x: Goal, y: Goal
 ) -> list[TrialRecord]:
     """Of the trials in sight one for each spot of CELL pixels."""
     axes = figure.layout.xaxis, figure.layout.yaxis
-    if window is None:
-        window = (axes[0].range[0], axes[1].range[0], axes[0].range[1], axes[1].range[1])
+    ends = np.array([axis.range for axis in axes], dtype=np.float64)
     places = np.array([[t.values[x.label], t.values[y.label]] for t in trials])
     for column, axis in enumerate(axes):
         if axis.type == "log":
             places[:, column] = np.log10(places[:, column])
-    low = np.minimum(window[:2], window[2:])
-    span = np.abs(np.subtract(window[2:], window[:2])) + 1e-300
+    low = ends.min(1)
+    span = ends.max(1) - low + 1e-300
     # Half a window around it stays drawn, so that a small move shows no hole.
     inside = np.flatnonzero((np.abs((places - low) / span - 0.5) < 1).all(1))
     cells = np.floor((places[inside] - low) / span * (_WIDTH, _HEIGHT) / CELL).astype(np.int64)

@@ -135,7 +135,7 @@ def _register(app: Dash, watch: Watch) -> None:
 def _version(watch: Watch, key: str | None) -> str:
     watched = watch.get(key)
     own = f"{watched.key} {watched.version} {id(watched)}" if watched is not None else "-"
-    return own if watched is not None else f"{own} {watch.version}"
+    return own if watched is not None else f"{own} {watch.version} {watch.sentence()}"
 
 
 def _chosen(watch: Watch, query: Mapping[str, str]) -> Watched | None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import gzip
 import hmac
 import ipaddress
+import os
+import traceback
 from collections.abc import Iterable
 
+from dash.exceptions import DependencyException
 from flask import Flask, Request, Response, request
+from werkzeug.exceptions import HTTPException
 
 COOKIE = "mendel-dashboard"
 _POLICY = (
@@ -71,6 +75,19 @@ def protect(server: Flask, hosts: Iterable[str], token: str | None, wide: bool =
         return _refused(
             403, "A token is needed: open the address that mendel dashboard printed, whole."
         )
+
+    @server.errorhandler(DependencyException)
+    def _no_such_file(error: Exception) -> Response:
+        return _refused(404, "There is no such file.")
+
+    @server.errorhandler(Exception)
+    def _fault(error: Exception) -> Response | HTTPException:
+        if isinstance(error, HTTPException):
+            return error
+        if os.environ.get("MENDEL_DEBUG", "") not in ("", "0"):
+            traceback.print_exception(error)
+        words = " ".join(str(error).split())[:300]
+        return _refused(500, f"{type(error).__name__}: {words} (a fault of mendel)")
 
     @server.after_request
     def _finish(answer: Response) -> Response:

@@ -173,7 +173,7 @@ def _numbers(watched: Watched, designs: Sequence[Design]) -> list[Child]:
         html.H2("Costs and results"),
         table(
             f"In parentheses: against {names[0]}",
-            ["", *_distinct(names)],
+            ["what", *_distinct(names)],
             [states, *rows],
             _distinct(names),
         ),
@@ -227,7 +227,7 @@ def _genomes(designs: Sequence[Design]) -> list[Child]:
         roles.append("" if len(set(cells)) == 1 else "differs")
     parts: list[Child] = [
         html.H2("Genomes"),
-        table("Gene by gene", ["", *names, "all"], rows, code=names, roles=roles),
+        table("Gene by gene", ["gene", *names, "all"], rows, code=names, roles=roles),
     ]
     for name, other in zip(names[1:], designs[1:], strict=True):
         changes = differences(designs[0].genome, other.genome)

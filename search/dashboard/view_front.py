@@ -33,6 +33,9 @@ from .parts import (
 from .view_runs import histories
 from .watch import Watch, Watched
 
+Window = dict[str, Any] | None
+"""What is zoomed to: `axes` are the objectives that it holds for, `x` and `y` ranges or None."""
+
 NONE = "none"
 MOST_LISTED = 50
 """Rows of a table of trials."""
@@ -61,20 +64,16 @@ def make(watch: Watch, watched: Watched, query: Mapping[str, str]) -> list[Child
                     "Third objective",
                     choice("front-third", [{"label": "none", "value": NONE}, *options], third),
                 ),
-                html.Fieldset(
-                    [
-                        html.Legend("shown as"),
-                        dcc.RadioItems(
-                            id="front-mode",
-                            options=[
-                                {"label": "colour", "value": "colour"},
-                                {"label": "third axis (3-D)", "value": "space"},
-                            ],
-                            value="colour",
-                            inline=True,
-                        ),
-                    ],
-                    className="control",
+                control(
+                    "shown as",
+                    choice(
+                        "front-mode",
+                        [
+                            {"label": "colour", "value": "colour"},
+                            {"label": "third axis (3-D)", "value": "space"},
+                        ],
+                        "colour",
+                    ),
                 ),
             ],
             className="controls",
@@ -121,17 +120,24 @@ def register(app: Dash, watch: Watch) -> None:
         Output("front-window", "data"),
         Input("front-graph", "relayoutData"),
         State("front-window", "data"),
+        State("front-x", "value"),
+        State("front-y", "value"),
         prevent_initial_call=True,
     )
-    def _zoom(moved: dict[str, Any] | None, window: list[float] | None) -> Any:
+    def _zoom(moved: dict[str, Any] | None, window: Window, x: str, y: str) -> Any:
         moved = moved or {}
-        if moved.get("xaxis.autorange") or moved.get("yaxis.autorange"):
-            return None
-        keys = ("xaxis.range[0]", "yaxis.range[0]", "xaxis.range[1]", "yaxis.range[1]")
-        if not all(isinstance(moved.get(k), int | float) for k in keys):
-            raise PreventUpdate
-        found = [float(moved[k]) for k in keys]
-        return no_update if found == window else found
+        old = window if window and window["axes"] == [x, y] else None
+        new: dict[str, Any] = {"axes": [x, y], "x": None, "y": None}
+        changed = False
+        for axis in ("x", "y"):
+            ends = [moved.get(f"{axis}axis.range[{i}]") for i in (0, 1)]
+            if all(isinstance(end, int | float) for end in ends):
+                new[axis], changed = ends, True
+            elif moved.get(f"{axis}axis.autorange"):
+                changed = True
+            elif old is not None:
+                new[axis] = old[axis]
+        return new if changed and new != window else no_update
 
     @app.callback(
         Output("front-graph", "figure"),
@@ -158,7 +164,7 @@ def register(app: Dash, watch: Watch) -> None:
         third: str,
         mode: str,
         chosen: list[int],
-        window: list[float] | None,
+        window: Window,
         shown: dict[str, str],
         search: str,
     ) -> tuple[Any, ...]:
@@ -195,7 +201,7 @@ def _content(
     third: str,
     mode: str,
     chosen: list[int],
-    window: list[float] | None,
+    window: Window,
 ) -> tuple[go.Figure, Child, Child, Child]:
     found = watched.outcome()
     goal_x, goal_y, extra = (_goal(watched, label) for label in (x, y, third))
@@ -203,10 +209,15 @@ def _content(
     if extra is not None and mode == "space":
         figure = front_space_figure(found, goal_x, goal_y, extra, chosen)
     else:
-        seen = (window[0], window[1], window[2], window[3]) if window else None
+        kept = window if window and window["axes"] == [x, y] else None
         untrained = [t for t in (*found.infeasible, *found.failed) if not t.rungs]
         view = View(
-            extra, chosen, watch.over_seeds(watched), watched.counted(untrained[-400:]), seen
+            extra,
+            chosen,
+            watch.over_seeds(watched),
+            watched.counted(untrained[-400:]),
+            kept["x"] if kept else None,
+            kept["y"] if kept else None,
         )
         figure = front_figure(found, goal_x, goal_y, view)
     # A new value here is the only thing that throws a zoom away.

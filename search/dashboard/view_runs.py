@@ -14,7 +14,7 @@ from ..front import losses, shown_value
 from ..pareto import Frame
 from ..run import RunView
 from ..units import duration_text
-from .parts import Child, Raw, anchor, badge, note, plot, sentence, table, trial_link
+from .parts import Child, Raw, anchor, badge, control, note, plot, sentence, table, trial_link
 from .watch import Watch, Watched
 
 MOST_LAID = 6
@@ -28,12 +28,12 @@ def make(watch: Watch, query: dict[str, str]) -> list[Child]:
         html.H1("Runs"),
         html.Div(_overview(watch), id="runs-table"),
         html.H2("Laid over one another"),
-        html.Fieldset(
-            [
-                html.Legend("Runs to lay over one another"),
-                dcc.Checklist(id="runs-chosen", options=_options(watch), value=chosen),
-            ],
-            className="control",
+        html.Div(
+            control(
+                "Runs to lay over one another",
+                dcc.Dropdown(id="runs-chosen", options=_options(watch), value=chosen, multi=True),
+            ),
+            className="wide-control",
         ),
         html.Div(_laid(watch, chosen), id="runs-laid"),
     ]

@@ -8,6 +8,10 @@
     if (root.nodeType !== Node.ELEMENT_NODE) { return; }
     if (root.hasAttribute('data-html')) { fill(root); }
     root.querySelectorAll('[data-html]').forEach(fill);
+    // A Dash dropdown hides this field from screen readers but not from the Tab key (dash 4.4).
+    root.querySelectorAll('.dash-dropdown-focus-target').forEach(function (field) {
+      field.tabIndex = -1;
+    });
   }
   new MutationObserver(function (changes) {
     changes.forEach(function (change) {
