@@ -25,7 +25,7 @@ from mendel.genome.notation import show
 from mendel.genome.presets import load
 
 VOCAB = 256
-SHAPES = [(128, 8, 256), (256, 4, 512)]
+SHAPES = [(128, 8, 128), (256, 4, 256)]
 """(width, batch, tokens)."""
 
 
@@ -87,7 +87,7 @@ def step(model: nn.Module, logits: Callable[[Tensor], Tensor]) -> Callable[[Tens
 def pair(preset: str, reference: Callable[[Genome], nn.Module], repeats: int) -> list[dict]:
     rows = []
     for width, batch, length in SHAPES:
-        genome = load(preset, width=width)
+        genome = load(preset, width=width, depth=4)
         ours, theirs = build(genome), reference(genome)
         counts = [sum(p.numel() for p in m.parameters()) for m in (ours, theirs)]
         if counts[0] != counts[1]:
