@@ -43,7 +43,7 @@ def main() -> None:
             "steps": STEPS,
             "batch": BATCH,
             "length": LENGTH,
-            "path": str(arguments.text),
+            "text": str(arguments.text.resolve()),
         }
     )
     rows = []

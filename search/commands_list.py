@@ -50,6 +50,13 @@ def primitives(
         say(f"{point.name}: {_genes_text(primitive, point) or 'all defaults'}. {point.doc}".strip())
         say(f"Source: {point.source}", "dim")
         chosen |= dict(point.genes)
+    if point is not None and point.view is not None:
+        say()
+        say("As a state that is updated", "bold")
+        print_hanging(list(vars(point.view).items()))
+    say()
+    say("As a linear input-varying system (STAR)", "bold")
+    print_hanging([(k.replace("_", " "), v) for k, v in vars(primitive.liv).items()])
     say()
     say("Axes, with the value here", "bold")
     print_hanging([(axis.name, _axis_text(axis, chosen[axis.name])) for axis in primitive.axes])
@@ -91,7 +98,13 @@ def _primitive_dict(primitive: Primitive) -> dict[str, Any]:
         "liv": vars(primitive.liv),
         "axes": [_axis_dict(axis) for axis in primitive.axes],
         "points": [
-            {"name": p.name, "genes": dict(p.genes), "source": p.source, "doc": p.doc}
+            {
+                "name": p.name,
+                "genes": dict(p.genes),
+                "source": p.source,
+                "doc": p.doc,
+                "view": None if p.view is None else vars(p.view),
+            }
             for p in primitive.points
         ],
     }
