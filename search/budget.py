@@ -89,7 +89,9 @@ def occupancy(run: RunView, bins: int = 40) -> Occupancy | None:
 
 def _covered(edges: NDArray[np.float64], low: float, high: float) -> NDArray[np.float64]:
     """Seconds of each bin that lie between two times."""
-    return np.maximum(0.0, np.minimum(edges[1:], high) - np.maximum(edges[:-1], low))
+    covered = np.minimum(edges[1:], high) - np.maximum(edges[:-1], low)
+    found: NDArray[np.float64] = np.maximum(0.0, covered)
+    return found
 
 
 def _seconds(at: str) -> float:

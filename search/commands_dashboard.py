@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .commands_look import examples
+from .options import examples
 from .source import RUNS
 from .terminal import Mistake, say
 

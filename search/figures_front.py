@@ -28,12 +28,12 @@ from .plotting import (
 from .records import TrialRecord
 from .units import value_text
 
-MANY, FEW = 1500, 400
+MANY, FEW = 1000, 400
 """Points of a group beyond which those that cover each other are drawn once; points up to which
 each carries its genome as a text."""
-OBSTACLES = 120
+OBSTACLES = 60
 """Points that labels keep away from, those of the front and the baselines first."""
-CELL = 6.0
+CELL = 10.0
 """Pixels that count as one spot."""
 
 Rect = tuple[float, float, float, float]
@@ -264,6 +264,8 @@ def _colour_axis(figure: go.Figure, goal: Goal, trials: Sequence[TrialRecord]) -
 
 def _errors(trials: Sequence[TrialRecord], goal: Goal, view: View) -> dict[str, Any] | None:
     """The spread over seeds or over a measurement's repeats; None where there is none."""
+    if not view.spreads and goal.objective.stage != "measured":
+        return None
     spreads = []
     for trial in trials:
         found = _spread(trial, goal, view)
@@ -430,7 +432,8 @@ def front_space_figure(
                 marker={
                     "symbol": _SYMBOLS_3D[name],
                     "color": style["color"],
-                    "size": [11 if t.number in chosen else style["size"] / 2 for t in shown],
+                    "size": [16 if t.number in chosen else style["size"] - 2 for t in shown],
+                    "line": {"width": 1, "color": style["color"]},
                 },
                 text=[_hover(t, found) for t in shown] if len(shown) <= FEW else None,
                 customdata=[t.number for t in shown],
@@ -444,9 +447,12 @@ def front_space_figure(
     for which, goal in zip("xyz", goals, strict=True):
         values = np.array([t.values[goal.label] for t in found.complete if is_shown(t, goal)])
         axis: dict[str, Any] = {"title": {"text": escape(label_text(goal))}, "color": INK}
-        axis |= {"gridcolor": GRID, "showbackground": False}
+        # Lines in space are too thin to bear a transparent colour.
+        axis |= {"gridcolor": "#aab1bd", "linecolor": INK, "showline": True}
+        axis |= {"showbackground": False, "zeroline": False}
         if is_wide(goal, values):
             axis["type"] = "log"
         scene[f"{which}axis"] = axis
-    figure.update_layout(scene=scene, height=600)
+    scene |= {"aspectmode": "cube", "camera": {"eye": {"x": 1.5, "y": -1.6, "z": 0.9}}}
+    figure.update_layout(scene=scene, margin={"l": 0, "r": 0, "b": 0})
     return figure

@@ -135,7 +135,7 @@ class Frame:
         for start in range(0, len(losses), _BLOCK):
             block = losses[start : start + _BLOCK]
             # Most rows of a long run are covered from the start: one look for a whole block.
-            early = (kept[:, None, :] <= block[None, :, :]).all(2).any(0)
+            early = np.asarray((kept[:, None, :] <= block[None, :, :]).all(2).any(0))
             for row, skip in zip(block, early, strict=True):
                 if skip or bool((kept <= row).all(1).any()):
                     history.append(history[-1])

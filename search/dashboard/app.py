@@ -14,7 +14,7 @@ from flask import Flask
 from . import view_budget, view_compare, view_front, view_matters, view_runs, view_trial
 from .downloads import serve_files
 from .guard import protect
-from .parts import Child, link, query_of, sentence
+from .parts import Child, attributes, href, query_of, sentence
 from .watch import Watch, Watched
 
 TICK_MILLISECONDS = 1500
@@ -47,7 +47,7 @@ def make_app(
     server = Flask("dashboard", root_path=str(here), instance_path=str(here), static_folder=None)
     app = Dash(
         "dashboard",
-        server=server,
+        server=server,  # type: ignore[arg-type]
         assets_folder=str(here / "assets"),
         serve_locally=True,
         suppress_callback_exceptions=True,
@@ -76,7 +76,7 @@ def _frame() -> html.Div:
             html.Header(
                 [
                     dcc.Link("Mendel", href="/", className="brand"),
-                    html.Nav(id="nav", **{"aria-label": "Views"}),
+                    html.Nav(id="nav", **attributes(label="Views")),
                     html.Div(id="where"),
                 ]
             ),
@@ -170,11 +170,15 @@ def _trouble(watch: Watch, path: str, key: str | None, watched: Watched | None) 
 
 
 def _nav(path: str, key: str | None) -> list[Child]:
-    links = [link("Runs", "/")]
-    links += [link(name, address, run=key) for address, (name, _) in PAGES.items()]
-    for one in links:
-        if one.href.partition("?")[0] == path:
-            one.className = "here"
+    views = {"/": "Runs", **{address: name for address, (name, _) in PAGES.items()}}
+    links = [
+        dcc.Link(
+            name,
+            href=address if address == "/" else href(address, run=key),
+            className="here" if address == path else "",
+        )
+        for address, name in views.items()
+    ]
     return [html.Ul([html.Li(one) for one in links])]
 
 

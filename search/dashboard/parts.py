@@ -18,7 +18,7 @@ _CHANGES = {"+": "added", "-": "removed"}
 Child = Any
 """What Dash takes as a child: a component, a text, or a list of them."""
 
-CONFIG = {
+CONFIG: Any = {
     "displaylogo": False,
     "responsive": True,
     "scrollZoom": False,
@@ -35,6 +35,12 @@ def href(path: str, **query: object) -> str:
 def query_of(search: str | None) -> dict[str, str]:
     """The parameters of an address; of repeated ones the first."""
     return {k: v[0] for k, v in parse_qs((search or "").lstrip("?")).items()}
+
+
+def attributes(html: str = "", label: str = "", live: str = "") -> dict[str, Any]:
+    """Attributes whose names hold a dash."""
+    given = {"data-html": html, "aria-label": label, "aria-live": live}
+    return {name: value for name, value in given.items() if value}
 
 
 def link(text: Child, path: str, **query: object) -> dcc.Link:
@@ -116,7 +122,7 @@ def table(
         # A table that scrolls sideways must be reachable by keyboard.
         tabIndex=0,
         role="region",
-        **{"data-html": text, "aria-label": caption},
+        **attributes(html=text, label=caption),
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 
+from . import view_front
 from .app import make_app
 from .guard import is_loopback
 from .watch import Watch
@@ -64,6 +65,12 @@ class Dashboard:
     def _read(self) -> None:
         """Read large runs before the first page asks for them."""
         self.watch.poll()
+        with self.watch.lock:
+            # The first plot of a process takes plotly half a second longer than the next.
+            for watched in self.watch.runs.values():
+                if watched.view is not None and watched.run.trials:
+                    view_front.make(self.watch, watched, {})
+                    break
         # The records of a large run are hundreds of thousands of objects that stay: a full
         # collection of garbage would look at each of them and hold a page up for half a second.
         gc.freeze()

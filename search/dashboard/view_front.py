@@ -18,6 +18,7 @@ from ..records import TrialRecord
 from ..report import broken, summary
 from .parts import (
     Child,
+    attributes,
     choice,
     control,
     fold,
@@ -80,6 +81,7 @@ def make(watch: Watch, watched: Watched, query: Mapping[str, str]) -> list[Child
         ),
         dcc.Store(id="front-chosen", data=chosen),
         dcc.Store(id="front-window", data=None),
+        dcc.Store(id="front-drawn", data=[x, y, third, "colour", chosen, None]),
         html.Div(
             [
                 html.Div(
@@ -90,7 +92,7 @@ def make(watch: Watch, watched: Watched, query: Mapping[str, str]) -> list[Child
                     className="wide",
                 ),
                 html.Section(
-                    detail, id="front-detail", className="card", **{"aria-live": "polite"}
+                    detail, id="front-detail", className="card", **attributes(live="polite")
                 ),
             ],
             className="beside",
@@ -146,6 +148,7 @@ def register(app: Dash, watch: Watch) -> None:
         Output("front-detail", "children"),
         Output("front-head", "children"),
         Output("front-progress", "children"),
+        Output("front-drawn", "data"),
         Input("version", "data"),
         Input("front-x", "value"),
         Input("front-y", "value"),
@@ -154,7 +157,7 @@ def register(app: Dash, watch: Watch) -> None:
         Input("front-chosen", "data"),
         Input("front-window", "data"),
         State("shown", "data"),
-        State("url", "search"),
+        State("front-drawn", "data"),
         prevent_initial_call=True,
     )
     def _update(
@@ -166,11 +169,15 @@ def register(app: Dash, watch: Watch) -> None:
         chosen: list[int],
         window: Window,
         shown: dict[str, str],
-        search: str,
+        drawn: list[Any],
     ) -> tuple[Any, ...]:
         with watch.lock:
             watched = watch.get(shown.get("run") if shown else None)
             newer = ctx.triggered_id == "version"
+            asked = [x, y, third, mode, chosen or [], window]
+            # Controls announce themselves when they appear, with what is drawn already.
+            if not newer and asked == drawn:
+                raise PreventUpdate
             if watched is None or watched.view is None or not watched.run.trials:
                 raise PreventUpdate
             if newer and shown.get("version") == version:
@@ -182,7 +189,7 @@ def register(app: Dash, watch: Watch) -> None:
             )
             rest = (_head(watched), _progress(watch, watched)) if newer else (no_update, no_update)
             kept = numbers if newer else no_update
-            return figure, said, kept, detail, *rest
+            return figure, said, kept, detail, *rest, asked
 
 
 def _is_large(watched: Watched) -> bool:
@@ -387,7 +394,7 @@ def one(watched: Watched, found: Outcome, trial: TrialRecord) -> list[Child]:
     except (GenomeFileError, GeneError) as error:
         parts.append(sentence(f"This genome cannot be drawn: {error}"))
     parts.append(html.P(html.Code(trial.notation)))
-    ways = [link("All about it", "/trial", run=watched.key, trial=trial.number)]
+    ways: list[Child] = [link("All about it", "/trial", run=watched.key, trial=trial.number)]
     rival = next((t for t in found.baselines if t.number != trial.number), None)
     if rival is not None:
         named = f"{trial.number},{rival.number}"

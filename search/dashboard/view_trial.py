@@ -100,7 +100,7 @@ def register(app: Dash, watch: Watch) -> None:
                 raise PreventUpdate
             return _body(watch, watched, trial)
 
-    app.clientside_callback(
+    app.clientside_callback(  # type: ignore[no-untyped-call]
         "function(n, text) {"
         "  if (!n) { return window.dash_clientside.no_update; }"
         "  return navigator.clipboard.writeText(text)"
