@@ -15,8 +15,9 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -172,7 +173,7 @@ class RunStore:
     def _take_lock(self) -> None:
         handle = (self.folder / "lock").open("a+", encoding="utf-8")
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(handle)
         except OSError:
             handle.seek(0)
             holder = handle.read().strip()
@@ -199,6 +200,17 @@ class RunStore:
             if study.text == earlier.text:
                 return
         write_text(path, study.text)
+
+
+def _flock(handle: TextIO) -> None:
+    """Take the lock; raises OSError where a driver has it. A reader that asks who holds the run
+    (`locked`) has it for an instant, so one refusal is not believed."""
+    for _ in range(4):
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(0.05)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def trial_folder(folder: Path, number: int) -> Path:
