@@ -73,12 +73,8 @@ def front_figure(found: Outcome, x: Goal, y: Goal, view: View | None = None) -> 
     }
     everyone = [t for trials in shown.values() for t in trials]
     figure = go.Figure(layout=layout())
-    scale_axis(figure, "x", x, _extents(everyone, x, view))
-    scale_axis(figure, "y", y, _extents(everyone, y, view))
-    if view.range_x is not None:
-        figure.update_xaxes(range=list(view.range_x))
-    if view.range_y is not None:
-        figure.update_yaxes(range=list(view.range_y))
+    scale_axis(figure, "x", x, _extents(everyone, x, view), view.range_x)
+    scale_axis(figure, "y", y, _extents(everyone, y, view), view.range_y)
     line = _staircase(list(found.front), x, y)
     if line:
         figure.add_trace(

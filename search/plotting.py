@@ -75,8 +75,15 @@ def layout() -> dict[str, Any]:
     }
 
 
-def scale_axis(figure: go.Figure, which: str, goal: Goal, values: Sequence[float]) -> None:
-    """Title, range and ticks of an axis, in the objective's own unit."""
+def scale_axis(
+    figure: go.Figure,
+    which: str,
+    goal: Goal,
+    values: Sequence[float],
+    window: Sequence[float] | None = None,
+) -> None:
+    """Title, range and ticks of an axis, in the objective's own unit. `window` is a range in the
+    axis' coordinates that is in sight instead of all values."""
     unit = goal.objective.unit
     title = escape(label_text(goal)) + (
         "" if unit in ("score", "bytes", "s") else f" ({escape(unit)})"
@@ -86,11 +93,13 @@ def scale_axis(figure: go.Figure, which: str, goal: Goal, values: Sequence[float
     if is_wide(goal, np.array([low, high])):
         edge = 0.08 * math.log10(high / low)
         span = (math.log10(low) - edge, math.log10(high) + edge)
+        span = span if window is None else (min(window), max(window))
         update["type"] = "log"
         ticks = log_ticks(10 ** span[0], 10 ** span[1], 2.0 if unit == "bytes" else 10.0)
     else:
         edge = 0.08 * (high - low) or abs(high) * 0.1 or 0.5
         span = (low - edge, high + edge)
+        span = span if window is None else (min(window), max(window))
         update["type"] = "linear"
         ticks = even_ticks(*span, 1024.0 if unit == "bytes" else 1000.0)
     update["range"] = list(span)

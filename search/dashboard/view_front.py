@@ -182,18 +182,12 @@ def register(app: Dash, watch: Watch) -> None:
                 raise PreventUpdate
             if newer and shown.get("version") == version:
                 raise PreventUpdate
-            if ctx.triggered_id == "front-window" and not _is_large(watched):
-                raise PreventUpdate
             figure, said, numbers, detail = _content(
                 watch, watched, x, y, third, mode, chosen or [], window
             )
             rest = (_head(watched), _progress(watch, watched)) if newer else (no_update, no_update)
             kept = numbers if newer else no_update
             return figure, said, kept, detail, *rest, asked
-
-
-def _is_large(watched: Watched) -> bool:
-    return len(watched.run.trials) > 1000
 
 
 def _goal(watched: Watched, label: str | None) -> Goal | None:
