@@ -12,6 +12,9 @@ from mendel.genome.files import from_dict
 from mendel.genome.hash import canonical_hash
 from mendel.genome.notation import parse
 
+BEGAN: list[float] = []
+"""When each `noop` began, in this process: with a serial executor, the driver's time is between."""
+
 TABLE = Path(__file__).parent / "data" / "table.jsonl"
 
 
@@ -35,6 +38,7 @@ def _result(job: dict[str, Any], score: float, seconds: float) -> dict[str, Any]
 
 def noop(job: dict[str, Any]) -> dict[str, Any]:
     """No work: a score that the genome's hash decides."""
+    BEGAN.append(time.perf_counter())
     label = canonical_hash(from_dict(job["genome"]))
     return _result(job, int(label, 16) / 16 ** len(label), 0.0)
 

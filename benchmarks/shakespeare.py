@@ -44,6 +44,7 @@ def main() -> None:
             "batch": BATCH,
             "length": LENGTH,
             "text": str(arguments.text.resolve()),
+            "test_bytes": arguments.text.stat().st_size,  # all that is held out
         }
     )
     rows = []
