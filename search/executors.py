@@ -137,7 +137,8 @@ class RayExecutor:
     """A pool of long-lived actors, one job each at a time.
 
     A job past its hard limit is ended with its actor. A job whose actor dies is tried once more,
-    then it has failed. An actor is replaced after `recycle` jobs and after a failure of a CUDA
+    then it has failed; one that Ray's memory monitor ends has failed at once, for the same would
+    happen again. An actor is replaced after `recycle` jobs and after a failure of a CUDA
     device, which can leave the process unfit.
     """
 
@@ -231,14 +232,14 @@ class RayExecutor:
         slot.task = slot.reference = slot.deadline = None
         try:
             answer = ray.get(reference)
-        except ray.exceptions.RayActorError as error:
+        except ray.exceptions.RayError as error:
             if task is None:
                 raise RunError(f"a worker does not start: {_first_line(error)}") from None
-            self._died[task.key] = self._died.get(task.key, 0) + 1
-            self._start(slot)
-            if self._died[task.key] > 1:
-                reason = f"its worker died twice: {_first_line(error)}"
-                self._done.append(Outcome(task.key, None, Failure("worker-died", reason)))
+            # The actor may live on where only its answer or its node is out of reach.
+            self._replace(slot)
+            failure = self._lost(task, error)
+            if failure is not None:
+                self._done.append(Outcome(task.key, None, failure))
             else:
                 own = self._plan.measures and task.key[2] == "measure"
                 (self._queues.measure if own else self._queues.train).appendleft(task)
@@ -249,6 +250,21 @@ class RayExecutor:
         self._done.append(Outcome(task.key, answer.get("content"), failure))
         if failure is not None and "CUDA" in failure.reason + failure.detail:
             self._replace(slot)
+
+    def _lost(self, task: Task, error: ray.exceptions.RayError) -> Failure | None:
+        """The failure of a job whose answer did not come; None where it is tried once more."""
+        if isinstance(error, ray.exceptions.OutOfMemoryError):
+            reason = f"the machine ran out of memory: {_first_line(error)}"
+            return Failure("memory", reason, str(error)[-8000:])
+        if isinstance(error, ray.exceptions.RayTaskError):
+            # The worker lives: the answer cannot be sent.
+            last = [line.strip() for line in str(error).splitlines() if line.strip()][-1:]
+            reason = f"its answer cannot be sent: {''.join(last)[:200]}"
+            return Failure("error", reason, str(error)[-8000:])
+        self._died[task.key] = self._died.get(task.key, 0) + 1
+        if self._died[task.key] < 2:
+            return None
+        return Failure("worker-died", f"its worker died twice: {_first_line(error)}")
 
     def _patience(self) -> float | None:
         deadlines = [s.deadline for s in self._slots if s.deadline is not None]
