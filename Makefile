@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: quickstart test lint types bench clean
+.PHONY: quickstart test lint types clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/mendel search studies/quickstart.yaml
