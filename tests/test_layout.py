@@ -1,6 +1,7 @@
 """The tree's rules: imports go left, every folder is mapped and linked, one subject a file."""
 
 import ast
+import re
 import tomllib
 from pathlib import Path
 
@@ -94,3 +95,29 @@ def test_no_pickle() -> None:
         if w in p.read_text()
     }
     assert not found
+
+
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "studies" / "LOG.md",
+]
+
+
+def relative_links(text: str) -> list[str]:
+    """The targets of a page's links and images that are files beside it, without their anchors."""
+    targets = re.findall(r"\]\(([^)\s]+)[^)]*\)|(?:src|href)=\"([^\"]+)\"", text)
+    found = [(a or b).partition("#")[0] for a, b in targets]
+    return [t for t in found if t and not re.match(r"[a-z]+:", t)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_every_relative_link_points_at_a_file(page: Path) -> None:
+    missing = [t for t in relative_links(page.read_text()) if not (page.parent / t).exists()]
+    assert not missing
+
+
+def test_the_link_reader_sees_links_images_and_anchors() -> None:
+    text = '[a](a.md#top) ![b](b.png "title") [c](https://c.org/x) [d](#here) <img src="e.png">'
+    assert relative_links(text) == ["a.md", "b.png", "e.png"]
