@@ -16,9 +16,10 @@ from typing import Any
 import yaml
 
 from ..primitives.base import Gene, GeneError, show_gene
-from ..primitives.catalogue import find, names
+from ..primitives.catalogue import find
+from ..primitives.nearest import nearest
 from .genome import GRAMMAR_VERSION, Genome, Op, Slot
-from .header import HEADER, JOIN, LABEL, MAX_SLOTS, header_of, nearest, with_header
+from .header import HEADER, JOIN, LABEL, MAX_SLOTS, header_of, with_header
 
 _SUFFIXES = (".json", ".yaml", ".yml")
 
@@ -165,7 +166,7 @@ def _op_from_dict(data: Any, where: str) -> Op:
     try:
         primitive, _ = find(name)
     except GeneError as error:
-        raise GenomeFileError(f"{where}.op: {error}{nearest(name, names())}") from None
+        raise GenomeFileError(f"{where}.op: {error}") from None
     genes: dict[str, Gene] = {}
     for axis, value in _mapping(data.get("genes", {}), f"{where}.genes").items():
         try:

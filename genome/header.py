@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -45,9 +44,3 @@ def with_header(header: Mapping[str, Gene], slots: Iterable[Slot]) -> Genome:
         for axis in HEADER
     }
     return Genome(slots=tuple(slots), **values)
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """`; did you mean a or b?` for a mistyped name, or an empty string."""
-    close = difflib.get_close_matches(name, list(names), n=2, cutoff=0.6)
-    return f"; did you mean {' or '.join(close)}?" if close else ""

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from ..primitives.base import Axis, Gene, GeneError, Primitive, show_gene
-from ..primitives.catalogue import find, names
+from ..primitives.catalogue import find
+from ..primitives.nearest import nearest
 from .genome import Genome, Op, Slot
 from .header import (
     DEFAULT_WIDTH,
@@ -29,7 +30,6 @@ from .header import (
     LABEL,
     MAX_SLOTS,
     header_of,
-    nearest,
     with_header,
 )
 
@@ -237,7 +237,7 @@ class _Parser:
         try:
             primitive, _ = find(token.text)
         except GeneError as error:
-            raise NotationError(token.column, f"{error}{nearest(token.text, names())}") from None
+            raise NotationError(token.column, str(error)) from None
         if not self.accept("(") or self.accept(")"):
             return Op(token.text)
         genes: dict[str, Gene] = {}

@@ -23,10 +23,11 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from ..primitives.base import Axis, Gene, GeneError, Site, show_gene
-from ..primitives.catalogue import find, names
+from ..primitives.catalogue import find
+from ..primitives.nearest import nearest
 from .constraints import Constraints
 from .genome import Op
-from .header import HEADER, JOIN, MAX_SLOTS, nearest
+from .header import HEADER, JOIN, MAX_SLOTS
 from .quantity import Share
 from .resolve import config_of, fits, genes_of, own_genes
 
@@ -85,7 +86,7 @@ def _read_ranges(name: str, value: Any, path: tuple[str | int, ...]) -> Ranges:
     try:
         primitive, _ = find(name)
     except GeneError as error:
-        _refuse(path, f"{error}{nearest(name, names())}")
+        _refuse(path, str(error))
     if value is None:
         return {}
     if not isinstance(value, Mapping):

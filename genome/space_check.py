@@ -7,8 +7,8 @@ from typing import Any, get_args
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
+from ..primitives.nearest import nearest
 from .constraints import exceeded, limits, measured
-from .header import nearest
 from .repair import repair
 from .sample import chooser, sample
 from .space import Space

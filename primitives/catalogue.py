@@ -13,6 +13,7 @@ from .hgrn import HGRN
 from .mlp import MLP
 from .mlstm import MLSTM
 from .moe import MOE
+from .nearest import unknown
 from .nonlinear import NONLINEAR
 from .recurrence_axes import RECURRENCE
 from .rwkv4 import RWKV4
@@ -56,7 +57,8 @@ def find(name: str) -> tuple[Primitive, Point | None]:
     try:
         return _BY_NAME[name]
     except KeyError:
-        raise GeneError(f"no primitive is named {name!r}; there are {', '.join(names())}") from None
+        sentence, allowed = f"no primitive is named {name!r}", f"there are {', '.join(names())}"
+        raise GeneError(unknown(sentence, name, names(), allowed)) from None
 
 
 def resolve(name: str, genes: Mapping[str, Gene]) -> tuple[Primitive, dict[str, Gene]]:

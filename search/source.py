@@ -9,10 +9,11 @@ from pathlib import Path
 from ..genome import presets, star
 from ..genome.files import from_dict, load
 from ..genome.genome import Genome
-from ..genome.header import DEFAULT_WIDTH, nearest
+from ..genome.header import DEFAULT_WIDTH
 from ..genome.notation import parse
 from ..genome.rules import InvalidGenome, require_valid
 from ..primitives.catalogue import names
+from ..primitives.nearest import nearest, unknown
 from .records import TrialRecord
 from .run import RunView, open_run
 from .terminal import Mistake
@@ -81,11 +82,9 @@ def _find(text: str, width: int | None, depth: int | None) -> Source:
     if text in presets.names():
         return Source(text, text, presets.load(text, width, depth))
     if _is_word(text) and text not in names():
-        known = ", ".join(presets.names())
-        close = nearest(text, [*presets.names(), *names()])
-        raise Mistake(
-            f"no preset, primitive, file or trial is named {text!r}; presets: {known}{close}"
-        )
+        sentence = f"no preset, primitive, file or trial is named {text!r}"
+        allowed = f"presets are {', '.join(presets.names())}"
+        raise Mistake(unknown(sentence, text, [*presets.names(), *names()], allowed))
     if depth is not None:
         raise Mistake("--depth is for presets; a notation has the slots that it names")
     return Source(text, "genome", parse(text, width=DEFAULT_WIDTH if width is None else width))

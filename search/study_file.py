@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -12,7 +12,7 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ..genome.header import nearest
+from ..primitives.nearest import nearest
 
 Key = tuple[str | int, ...]
 
@@ -39,7 +39,7 @@ class StudyFile:
     path: Path
     text: str
     data: dict[str, Any]
-    root: yaml.Node
+    root: yaml.Node = field(compare=False)
     overridden: frozenset[str]
 
     @classmethod

@@ -340,7 +340,10 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "notation value": (["show", "mha(heads=two)"], ["column 11", "two", "whole number"]),
     "invalid genome": (["show", "swiglu"], ["mixer"]),
     "operators do not fit": (["show", "{width=10} mha(heads=4)"], ["heads", "10"]),
-    "unknown preset": (["show", "transfomer++"], ["transfomer++", "transformer++"]),
+    "unknown preset": (
+        ["show", "transfomer++"],
+        ["named 'transfomer++'; did you mean transformer++? Presets are"],
+    ),
     "empty": (["show", ""], ["empty"]),
     "no file": (["show", "none.yaml"], ["none.yaml"]),
     "no run": (["show", "none:3"], ["none"]),
@@ -350,7 +353,10 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "svg": (["show", "mha", "--svg", "a.png"], ["--svg", "a.png"]),
     "compare one": (["compare", "mamba2"], ["two to four", "1"]),
     "compare five": (["compare", *["mamba2"] * 5], ["two to four", "5"]),
-    "primitive": (["primitives", "mambo"], ["mambo", "mamba2"]),
+    "primitive": (
+        ["primitives", "mambo"],
+        ["no primitive is named 'mambo'; did you mean mamba or mamba2? There are attention,"],
+    ),
     "task": (["tasks", "recal"], ["recal", "in-context-recall"]),
     "front of nothing": (["front", "none"], ["none"]),
     "front of an empty folder": (["front", "."], ["no run here"]),

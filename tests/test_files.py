@@ -134,7 +134,7 @@ def test_an_unknown_primitive_is_told_the_nearest_name() -> None:
         GenomeFileError, match=r"^slots\[1\]\.op: no primitive is named 'mamba3'"
     ) as caught:
         from_dict(with_slot({"op": "mamba3"}))
-    assert str(caught.value).endswith("did you mean mamba or mamba2?")
+    assert "'mamba3'; did you mean mamba or mamba2? There are " in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -182,8 +182,8 @@ MHA_AXES = ", ".join(axis.name for axis in find("mha")[0].axes)
         (
             "swiglu > mamab2",
             (
-                f"column 10: no primitive is named 'mamab2'; there are {ALL_NAMES}; "
-                "did you mean mamba2 or mamba?"
+                f"column 10: no primitive is named 'mamab2'; did you mean mamba2 or mamba? "
+                f"There are {ALL_NAMES}"
             ),
         ),
         (

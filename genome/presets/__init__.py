@@ -9,8 +9,9 @@ from typing import Any
 import yaml
 
 from ...primitives.base import Gene
+from ...primitives.nearest import nearest
 from ..genome import Genome
-from ..header import MAX_SLOTS, nearest, with_header
+from ..header import MAX_SLOTS, with_header
 from ..notation import parse
 
 _FOLDER = Path(__file__).parent
