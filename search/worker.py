@@ -78,7 +78,11 @@ def run_job(evaluate: str, payload: Payload, limits: Limits, *, alarm: bool) -> 
         failure = Failure("timeout", f"{error}; the limit is {duration_text(limits.seconds or 0)}")
     except Diverged as error:
         failure = Failure("diverged", str(error))
-    except Exception as error:
+    except KeyboardInterrupt:
+        # In process this is the user; workers do not get it.
+        raise
+    except BaseException as error:
+        # Also SystemExit: a candidate that leaves must not end the driver or the worker.
         failure = _classified(error, limits)
     # Frames of the traceback hold the candidate's tensors until here.
     gc.collect()
@@ -107,7 +111,7 @@ def hung(limits: Limits) -> Failure:
     return _late(limits)
 
 
-def _classified(error: Exception, limits: Limits) -> Failure:
+def _classified(error: BaseException, limits: Limits) -> Failure:
     detail = "".join(traceback.format_exception(error))[-8000:]
     first = " ".join(str(error).split("\n", 1)[0].split())[:300]
     out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or (

@@ -6,6 +6,7 @@ Workers find this file by PYTHONPATH; a study names a function of it as `chaos:n
 import hashlib
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,13 @@ def deadly(job: Job) -> dict[str, Any]:
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return faulty(job)
+
+
+def leaving(job: Job) -> dict[str, Any]:
+    """Trial 2 ends the program, as a script does that judges itself done."""
+    if job["trial"] == 2:
+        sys.exit("the candidate leaves")
+    return quick(job)
 
 
 def nonsense(job: Job) -> dict[str, Any]:

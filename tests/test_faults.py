@@ -125,6 +125,12 @@ def test_failing_candidates_are_recorded_and_the_run_goes_on(tmp_path: Path) -> 
     assert story(search(write(tmp_path, **FAULTS)).folder) == before
 
 
+def test_a_candidate_that_ends_the_program(tmp_path: Path) -> None:
+    run = search(write(tmp_path, evaluate="chaos:leaving"))
+    assert failures(run.trials) == {2: ("error", "SystemExit: the candidate leaves")}
+    assert run.state == "complete"
+
+
 def test_an_evaluation_that_answers_nonsense(tmp_path: Path) -> None:
     run = search(write(tmp_path, evaluate="chaos:nonsense"))
     assert {t.state for t in run.trials} == {"failed"}
