@@ -24,7 +24,7 @@ from .samplers import Exhausted, make_sampler
 from .schedule import Job, Propose, Schedule
 from .store import RunError, RunStore, read_json, storage_errors, write_json
 from .study import Study, load_study
-from .worker import Limits, find, forget_starts, starts
+from .worker import Limits, forget_starts, starts
 
 MOST_STARTS = 3
 """A job that a worker began so often without an end, because the driver died each time, is given
@@ -75,6 +75,8 @@ def search(
     """
     if not isinstance(study, Study):
         study = load_study(study)
+    elif (found := study.problem()) is not None:
+        raise study.error(*found)
     if out is not None:
         study = study.moved(Path(out))
     with RunStore.open(study) as store, storage_errors(study.folder):
@@ -108,10 +110,6 @@ def make_executor(
 ) -> Executor:
     """The executor that a study asks for, sized for this machine or the cluster at `address`."""
     workers = study.workers
-    try:
-        find(study.evaluate)
-    except (ImportError, AttributeError) as error:
-        raise RunError(f"evaluate: {study.evaluate} cannot be loaded: {error}") from None
     kind = kind or ("ray" if address is not None else workers.executor)
     memory = None if workers.memory_limit is None else int(workers.memory_limit)
     limits = Limits(workers.time_limit, memory)

@@ -94,13 +94,14 @@ class RunStore:
     def open(cls, study: Study) -> RunStore:
         """Create the run's folder, or take up an existing one whose study is the same.
 
-        Raises RunError where another driver is at work or the study differs."""
+        Raises RunError where another driver is at work or the study differs, StudyError where the
+        folder cannot be made."""
         store = cls(study.folder)
         try:
             store.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             why = error.strerror or str(error)
-            raise RunError(f"{study.folder}: the folder cannot be made: {why}") from None
+            raise study.error(("runs",), f"{study.folder} cannot be made: {why}") from None
         with storage_errors(study.folder):
             store._take_lock()
             try:

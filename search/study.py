@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,7 +30,8 @@ from ..proxies.recipe import TrainConfig
 from ..proxies.task import ProxyError
 from ..proxies.tasks import TASKS, ProxyConfig, make_task
 from .objectives import Goal, ObjectiveChoice, QualitySettings, ScoreSettings, goals, spelled_out
-from .study_file import StudyError, StudyFile
+from .study_check import missing_device, unloadable, unopenable, unwritable
+from .study_file import Key, StudyError, StudyFile
 
 DEFAULT_EVALUATE = "mendel.search.evaluate:evaluate"
 
@@ -126,6 +126,7 @@ class Study(BaseModel):
     evaluate: str = Field(DEFAULT_EVALUATE, pattern=r"^[\w.]+:\w+$")
 
     _text: str = PrivateAttr(default="")
+    _file: StudyFile | None = PrivateAttr(default=None)
     _goals: list[Goal] = PrivateAttr(default_factory=list)
 
     @field_validator("objectives")
@@ -180,8 +181,26 @@ class Study(BaseModel):
         return self.runs / self.name
 
     def moved(self, runs: Path) -> Study:
-        """The same study with its runs in another folder."""
-        return self.model_copy(update={"runs": runs})
+        """The same study with its runs in another folder, which its file then does not name."""
+        moved = self.model_copy(update={"runs": runs})
+        moved._file = None
+        return moved
+
+    def error(self, key: Key, sentence: str) -> StudyError:
+        """The error at a key, with its place where the study was read from a file."""
+        if self._file is not None:
+            return self._file.error(key, sentence)
+        return StudyError(f"{'.'.join(map(str, key))}: {' '.join(sentence.split())}")
+
+    def problem(self) -> tuple[Key, str] | None:
+        """The first key that this machine cannot serve, and why; nothing is created."""
+        checks: list[tuple[Key, str | None]] = [
+            (("evaluate",), unloadable(self.evaluate)),
+            (("storage",), None if self.storage is None else unopenable(self.storage)),
+            (("workers", "device"), missing_device(self.workers.device)),
+            (("runs",), unwritable(self.folder)),
+        ]
+        return next(((key, why) for key, why in checks if why is not None), None)
 
     def steps(self, rung: int) -> dict[str, int]:
         """Steps that each proxy has trained at the end of a rung, at least one."""
@@ -220,7 +239,7 @@ def load_study(
         study = Study.model_validate(file.data)
     except ValidationError as error:
         raise file.explain(error, Study, lambda key: _task_keys(key, file.data)) from None
-    study._text = file.text
+    study._text, study._file = file.text, file
     if check:
         _check(study, file)
     return study
@@ -254,20 +273,8 @@ def _check(study: Study, file: StudyFile) -> None:
             names_text = getattr(proxy.settings, "text", None) is not None
             place = ("proxies", name, "text") if names_text else ("proxies", name)
             raise file.error(place, str(error)) from None
-    problem = unwritable(study.folder)
-    if problem:
-        raise file.error(("runs",), problem)
-
-
-def unwritable(folder: Path) -> str | None:
-    """Why a folder cannot be made or written, as words; None where it can. Creates nothing."""
-    for place in (folder, *folder.absolute().parents):
-        if place.is_dir():
-            writable = os.access(place, os.W_OK | os.X_OK)
-            return None if writable else f"{place} cannot be written"
-        if place.exists():
-            return f"{place} is not a folder"
-    return f"{folder} has no folder above it"
+    if (found := study.problem()) is not None:
+        raise file.error(*found)
 
 
 __all__ = ["Study", "StudyError", "load_study"]

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from mendel.search.driver import search
-from mendel.search.store import RunError
 from mendel.search.study import StudyError, load_study
 
 GOOD = """\
@@ -115,8 +115,50 @@ def test_an_unwritable_folder(tmp_path: Path) -> None:
         search(path)
     # Root may write there as far as the file system says, and yet no folder can be made.
     path.write_text(GOOD + "runs: /proc/runs\n")
-    with pytest.raises((StudyError, RunError), match="/proc"):
+    with pytest.raises(StudyError, match=r"study\.yaml:19:1: runs: /proc.* cannot be"):
         search(path)
+    with pytest.raises(StudyError, match=r"^runs: /proc/elsewhere.* cannot be"):
+        search(write(tmp_path, GOOD), out="/proc/elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("evaluate: nowhere:evaluate", "cannot be loaded: ModuleNotFoundError: No module named"),
+        ("evaluate: chaos:absent", "cannot be loaded: AttributeError: module 'chaos'"),
+        ("evaluate: chaos:DIES", "chaos:DIES is not a function"),
+        ("storage: nonsense", "nonsense cannot be opened: "),
+        ("storage: nosuchsql://host/runs", "cannot be opened: "),
+        ("storage: sqlite:///{folder}/absent/runs.db", "absent is not a folder"),
+        ("storage: sqlite:///{folder}/study.yaml", "file is not a database"),
+    ],
+)
+def test_what_cannot_be_loaded_or_opened(tmp_path: Path, line: str, words: str) -> None:
+    path = write(tmp_path, GOOD + line.format(folder=tmp_path) + "\n")
+    with pytest.raises(StudyError) as caught:
+        search(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}:19:1: {line.partition(':')[0]}: ")
+    assert words in message
+    assert "\n" not in message
+    assert [p.name for p in tmp_path.iterdir()] == ["study.yaml"]
+    # The same of a study that was made in Python.
+    changed = load_study(path, check=False).model_copy()
+    with pytest.raises(StudyError):
+        search(changed)
+    assert [p.name for p in tmp_path.iterdir()] == ["study.yaml"]
+
+
+def test_a_database_that_will_be_made(tmp_path: Path) -> None:
+    load_study(write(tmp_path, GOOD + f"storage: sqlite:///{tmp_path}/runs.db\n"))
+    assert [p.name for p in tmp_path.iterdir()] == ["study.yaml"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"18:29: workers\.device: torch finds no CUDA device"):
+        load_study(write(tmp_path, GOOD.replace("device: cpu", "device: cuda")))
+    assert [p.name for p in tmp_path.iterdir()] == ["study.yaml"]
 
 
 def test_text_that_is_missing(tmp_path: Path) -> None:
