@@ -28,6 +28,8 @@ CHECKPOINTS = "checkpoints"
 """The subfolder of a trial that is deleted when the trial is stopped or fails."""
 
 _FREE_TO_CHANGE = {"workers", "runs", "question"}
+_MEASURED_ON = ("device", "threads")
+"""Of the workers; measurements under others do not compare."""
 
 
 class RunError(Exception):
@@ -196,7 +198,8 @@ class RunStore:
             if key is not None:
                 raise RunError(
                     f"{self.folder}: this run was started with another study: {key} differs "
-                    "(search.trials may grow and workers may change; else give it a new name)"
+                    "(search.trials may grow, and workers may change but for the device and the "
+                    "threads of what is measured; else give it a new name)"
                 )
             if study.text == earlier.text:
                 return
@@ -285,6 +288,8 @@ def difference(old: Any, new: Any, key: str = "") -> str | None:
 def _comparable(study: Study) -> dict[str, Any]:
     dump = study.model_dump(mode="json", exclude=_FREE_TO_CHANGE)
     dump["search"].pop("trials")
+    if any(goal.objective.stage == "measured" for goal in study.goals):
+        dump["workers"] = {key: getattr(study.workers, key) for key in _MEASURED_ON}
     return dump
 
 

@@ -109,6 +109,22 @@ def test_another_study_of_the_same_name_is_refused(tmp_path: Path) -> None:
     assert story(run.folder) == before
 
 
+def test_workers_may_change_but_not_under_a_measurement(tmp_path: Path) -> None:
+    def opened(**changes: Any) -> None:
+        with RunStore.open(load_study(write(tmp_path, **changes))):
+            pass
+
+    opened()
+    opened(workers__threads=2, workers__device="auto")
+    measured: dict[str, Any] = {"name": "timed", "objectives": ["quality", "latency_decode"]}
+    opened(**measured)
+    opened(**measured, workers__executor="ray", workers__time_limit=9)
+    with pytest.raises(RunError, match=r"workers\.threads differs"):
+        opened(**measured, workers__threads=2)
+    with pytest.raises(RunError, match=r"workers\.device differs"):
+        opened(**measured, workers__device="auto")
+
+
 def test_changed_text_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, evaluate="chaos:quick")
     search(path)
