@@ -12,7 +12,7 @@ from ..primitives.base import Axis, Gene, Point, Primitive, show_gene
 from ..primitives.catalogue import CATALOGUE, find
 from ..proxies.tasks import TASKS, find_task
 from .options import AsJson, examples
-from .terminal import print_hanging, print_json, print_table, say
+from .terminal import print_hanging, print_json, print_table, say, say_wrapped
 
 app = typer.Typer()
 
@@ -43,12 +43,13 @@ def primitives(
     if as_json:
         print_json(_primitive_dict(primitive))
         return
-    say(f"{primitive.name} ({primitive.kind}): {primitive.summary}", "bold")
-    say(f"Source: {primitive.source}", "dim")
+    say_wrapped(f"{primitive.name} ({primitive.kind}): {primitive.summary}", "bold")
+    say_wrapped(f"Source: {primitive.source}", "dim")
     chosen = primitive.defaults()
     if point is not None:
-        say(f"{point.name}: {_genes_text(primitive, point) or 'all defaults'}. {point.doc}".strip())
-        say(f"Source: {point.source}", "dim")
+        genes = _genes_text(primitive, point) or "all defaults"
+        say_wrapped(f"{point.name}: {genes}. {point.doc}".strip())
+        say_wrapped(f"Source: {point.source}", "dim")
         chosen |= dict(point.genes)
     if point is not None and point.view is not None:
         say()
@@ -155,8 +156,8 @@ def tasks(
         )
         return
     row = rows[0]
-    say(f"{row.name}: {row.summary}", "bold")
-    say(f"Score: {row.score}. Source: {row.source}", "dim")
+    say_wrapped(f"{row.name}: {row.summary}", "bold")
+    say_wrapped(f"Score: {row.score}. Source: {row.source}", "dim")
     say()
     print_table(
         ["setting", "default", "what it does"],

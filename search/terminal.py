@@ -65,6 +65,11 @@ def say(text: str = "", style: str | None = None) -> None:
     console().print(Text(plain(text), style=style or ""), soft_wrap=True)
 
 
+def say_wrapped(text: str, style: str | None = None) -> None:
+    """A paragraph to stdout, broken at words to the width of the terminal."""
+    console().print(Text(plain(text), style=style or ""))
+
+
 def warn(text: str) -> None:
     """One line to stderr."""
     line = text if unicode_works(sys.stderr) else ascii_text(text)

@@ -154,6 +154,8 @@ def test_listings(call: Call) -> None:
         code, out, _ = call(name)
         assert code == 0
         assert max(map(len, out.splitlines())) <= 80
+    for one_row in (("primitives", "mamba2"), ("primitives", "delta"), ("tasks", "byte-text")):
+        assert max(map(len, call(*one_row)[1].splitlines())) <= 80
     one = loads(call("primitives", "mamba2", "--json"))
     assert "mamba2" in [p["name"] for p in one["points"]]
     assert "2405.21060" in call("primitives", "mamba2")[1]
