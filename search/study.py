@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -192,9 +193,24 @@ class Study(BaseModel):
             return self._file.error(key, sentence)
         return StudyError(f"{'.'.join(map(str, key))}: {' '.join(sentence.split())}")
 
+    def _equal_rungs(self) -> str | None:
+        """Which rungs end at the same step of a proxy."""
+        ends = [self.steps(rung) for rung in range(len(self.search.rungs))]
+        for rung, (before, end) in enumerate(pairwise(ends)):
+            for proxy, step in end.items():
+                if step == before[proxy]:
+                    low, high = self.search.rungs[rung : rung + 2]
+                    return (
+                        f"{low:g} and {high:g} of the {self.proxies[proxy].steps} steps of "
+                        f"{proxy} both end at step {step}; each rung ends at a step of its own"
+                    )
+        return None
+
     def problem(self) -> tuple[Key, str] | None:
-        """The first key that this machine cannot serve, and why; nothing is created."""
+        """The first key that cannot be served, on this machine or at all, and why; nothing is
+        created."""
         checks: list[tuple[Key, str | None]] = [
+            (("search", "rungs"), self._equal_rungs()),
             (("evaluate",), unloadable(self.evaluate)),
             (("storage",), None if self.storage is None else unopenable(self.storage)),
             (("workers", "device"), missing_device(self.workers.device)),

@@ -71,6 +71,8 @@ def test_a_good_study(tmp_path: Path) -> None:
         ("trials: 4", "trials: true", "16:10: search.trials", "integer"),
         ("lr: 3e-3", "lr: -1", "14:9: train.lr", "above 0"),
         ("[0.5, 1.0]", "[1.0, 0.5]", "16:36: search.rungs", "rise"),
+        ("steps: 8", "steps: 1", "16:36: search.rungs", "0.5 and 1 of the 1 steps of recall both"),
+        ("[0.5, 1.0]", "[0.5, 0.51, 1.0]", "16:36: search.rungs", "of recall both end at step 4"),
         ("depth: [2, 4]", "depth: [4, 2]", "5:3: space.depth", "least"),
         ("4GiB", "much", "18:42: workers.memory_limit", "64KiB"),
         ("executor: serial", "executor: slurm", "18:11: workers.executor", "'serial' or 'ray'"),
