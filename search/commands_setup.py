@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +27,13 @@ def doctor(
     findings = examine(runs)
     missing = [f for f in findings if f.state == "missing"]
     if as_json:
-        print_json({"ready": not missing, "findings": [f.as_dict() for f in findings]})
+        print_json(
+            {
+                "ready": not missing,
+                "executable": sys.executable,
+                "findings": [f.as_dict() for f in findings],
+            }
+        )
     else:
         marks = {"ok": "ok", "note": "note", "missing": "MISSING"}
         print_table(
@@ -37,6 +44,8 @@ def doctor(
                 {"ok": None, "note": "yellow", "missing": "bold red"}[f.state] for f in findings
             ],
         )
+        # Not in the table, whose narrow columns would break a long path.
+        say(f"Python is {sys.executable}")
         say(
             "This machine can search."
             if not missing

@@ -50,7 +50,7 @@ def _python() -> Iterator[Finding]:
     least = (3, 11)
     state: State = "ok" if sys.version_info >= least else "missing"
     hint = "" if state == "ok" else "install Python 3.11 or newer"
-    yield Finding("python", state, f"{platform.python_version()} ({sys.executable})", hint)
+    yield Finding("python", state, platform.python_version(), hint)
     yield Finding("mendel", "ok", version("mendel"))
 
 
