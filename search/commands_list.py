@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..genome import presets
+from ..genome.notation import show as notation
 from ..primitives.base import Axis, Gene, Point, Primitive, show_gene
 from ..primitives.catalogue import CATALOGUE, find
 from ..proxies.tasks import TASKS, find_task
@@ -169,26 +170,56 @@ def tasks(
     )
 
 
-@app.command(name="presets", epilog=examples("mendel presets", "mendel presets --json"))
-def list_presets(as_json: AsJson = False) -> None:
-    """List the published designs that ship with mendel; they are the baselines of searches."""
-    rows = [presets.describe(name) for name in presets.names()]
+@app.command(
+    name="presets",
+    epilog=examples("mendel presets", "mendel presets jamba-like", "mendel presets --json"),
+)
+def list_presets(
+    name: Annotated[str | None, typer.Argument(help="A preset.")] = None, as_json: AsJson = False
+) -> None:
+    """List the published designs that ship with mendel, which baselines name; or explain one."""
+    if name is not None:
+        preset = presets.describe(name)
+        if as_json:
+            print_json(_preset_dict(preset))
+        else:
+            _print_preset(preset)
+        return
+    rows = [presets.describe(each) for each in presets.names()]
     if as_json:
-        print_json(
-            [
-                {
-                    "name": p.name,
-                    "summary": p.summary,
-                    "source": p.source,
-                    "motif": p.motif,
-                    "depth": p.depth,
-                    "header": p.header,
-                }
-                for p in rows
-            ]
-        )
+        print_json([_preset_dict(preset) for preset in rows])
         return
     print_hanging([(p.name, f"{_flat(p.summary)}\n{p.motif}\n{_flat(p.source)}") for p in rows])
+
+
+def _print_preset(preset: presets.Preset) -> None:
+    say_wrapped(f"{preset.name}: {_flat(preset.summary)}", "bold")
+    say_wrapped(f"Source: {_flat(preset.source)}", "dim")
+    say()
+    genes = ", ".join(f"{k} {show_gene(v)}" for k, v in preset.header.items() if k != "width")
+    lines = [
+        ("motif", preset.motif),
+        ("size", f"{preset.depth} slots of width {preset.header['width']}, where none is given"),
+        ("header", genes),
+        ("genome", notation(presets.load(preset.name))),
+    ]
+    if preset.small is not None:
+        small = f"{_flat(preset.small['motif'])}\nat widths below {preset.small['below']}"
+        lines.insert(1, ("small motif", small))
+    print_hanging(lines)
+
+
+def _preset_dict(preset: presets.Preset) -> dict[str, Any]:
+    return {
+        "name": preset.name,
+        "summary": preset.summary,
+        "source": preset.source,
+        "motif": preset.motif,
+        "small": preset.small,
+        "depth": preset.depth,
+        "header": preset.header,
+        "genome": notation(presets.load(preset.name)),
+    }
 
 
 def _flat(text: str) -> str:

@@ -163,6 +163,22 @@ def test_listings(call: Call) -> None:
     assert "bits per byte" in call("tasks", "byte-text")[1]
 
 
+def test_one_preset_is_explained(call: Call) -> None:
+    code, out, _ = call("presets", "samba-like")
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
+    for word in ("2406.07522", "mamba2 > swiglu > swa > swiglu", "window=32", "below 512"):
+        assert word in out
+    found = loads(call("presets", "samba-like", "--json"))
+    shown = loads(call("show", "samba-like", "--json"))
+    assert found["genome"] == shown["notation"]
+    assert found["small"]["below"] == 512
+    assert loads(call("presets", "retnet", "--json"))["small"] is None
+    code, _, err = call("presets", "samba")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "samba-like" in err
+
+
 def test_front(call: Call, made: Path) -> None:
     code, out, _ = call("front", str(made), "--all")
     assert code == 0
@@ -194,7 +210,9 @@ def test_doctor(call: Call) -> None:
     names = {f["name"] for f in found["findings"]}
     assert {"python", "torch", "ray", "bf16", "triton kernels", "cores", "disk", "text"} <= names
     assert code == (0 if found["ready"] else 1)
-    assert "torch" in call("doctor")[1]
+    out = call("doctor")[1]
+    assert "torch" in out
+    assert f"Python is {sys.executable}" in out.splitlines()
 
 
 def test_init_writes_a_study_that_is_accepted(call: Call, tmp_path: Path) -> None:
