@@ -36,6 +36,16 @@ from .study_file import Key, StudyError, StudyFile
 
 DEFAULT_EVALUATE = "mendel.search.evaluate:evaluate"
 
+DEFAULT_BASELINES = (
+    "transformer++",
+    "mamba2",
+    "striped",
+    "jamba-like",
+    "griffin-like",
+    "samba-like",
+)
+"""The presets that run in every study that does not choose its own."""
+
 Strict = ConfigDict(extra="forbid", frozen=True)
 WholeNumber = Annotated[int, Field(strict=True)]
 
@@ -120,7 +130,10 @@ class Study(BaseModel):
         min_length=1
     )
     search: SearchConfig = Field(default_factory=lambda: SearchConfig.model_validate({}))
-    baselines: tuple[Annotated[Baseline, BeforeValidator(_baseline)], ...] = ()
+    baselines: tuple[Annotated[Baseline, BeforeValidator(_baseline)], ...] = Field(
+        tuple(Baseline(name=name) for name in DEFAULT_BASELINES),
+        description="designs that always run; [] for none",
+    )
     workers: WorkersConfig = Field(default_factory=lambda: WorkersConfig.model_validate({}))
     runs: Path = Path("runs")
     storage: str | None = Field(None, description="an Optuna storage URL instead of the journal")
@@ -276,7 +289,9 @@ def _check(study: Study, file: StudyFile) -> None:
         try:
             require_valid(baseline_genome(baseline, study.space))
         except (GeneError, ValueError) as error:
-            raise file.error(("baselines", index), str(error)) from None
+            chosen = "baselines" in study.model_fields_set
+            hint = "" if chosen else f" ({baseline.name} runs unless baselines: names others or [])"
+            raise file.error(("baselines", index), f"{error}{hint}") from None
     try:
         check_space(study.space, seed=study.search.seed)
     except SpaceError as error:

@@ -56,7 +56,8 @@ search:
   rungs: [0.25, 1.0]           # only the better third trains on after a quarter of the steps
   eta: 3
 
-baselines: [transformer++, mamba2, striped]    # always run, same budget
+baselines: [transformer++, mamba2, striped]    # always run, same budget;
+                               # without the key six presets, with [] none
 
 workers:
   executor: ray                # also: serial, one after the other in this process

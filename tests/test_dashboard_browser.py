@@ -30,6 +30,7 @@ space:
 proxies: {{recall: {{task: in-context-recall, steps: 3, batch: 2, length: 16}}}}
 objectives: [quality, params]
 search: {{trials: 6, population: 2}}
+baselines: []
 workers: {{executor: serial}}
 runs: "{runs}"
 """

@@ -49,6 +49,18 @@ def test_a_good_study(tmp_path: Path) -> None:
     assert study.folder == tmp_path / "runs" / "small"
 
 
+def test_baselines_run_unless_there_are_to_be_none(tmp_path: Path) -> None:
+    lines = [line for line in GOOD.splitlines() if not line.startswith("baselines")]
+    absent = "\n".join(lines) + "\n"
+    six = ["transformer++", "mamba2", "striped", "jamba-like", "griffin-like", "samba-like"]
+    study = load_study(write(tmp_path, absent))
+    assert [name for name, _ in study.baseline_genomes()] == six
+    assert load_study(write(tmp_path, absent + "baselines: []\n")).baseline_genomes() == []
+    narrow = absent.replace("width: 16", "width: 10")
+    with pytest.raises(StudyError, match=r"baselines\.\d: .*runs unless baselines: names others"):
+        load_study(write(tmp_path, narrow))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "place", "words"),
     [
