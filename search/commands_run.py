@@ -162,6 +162,9 @@ def train(
     """Train one design on one proxy; stopped at any time, the same command goes on.
 
     Writes curves, a checkpoint per seed, and scores with their spread over the seeds.
+
+    The learning-rate schedule spans the whole training, so a finished one cannot
+    be lengthened with the same --out: for more steps choose a new one.
     """
     source = find_genome(what, width, depth)
     config = _proxy(source, proxy, steps, batch, settings or [])

@@ -65,12 +65,33 @@ def claim(plan: Plan, out: Path) -> None:
             raise Mistake(f"{path} is not readable; choose another folder") from None
         key = difference(held, plan.as_dict())
         if key is not None:
-            raise Mistake(f"{out} holds another training: {key} differs; choose another folder")
+            raise Mistake(f"{out} holds another training: {_change(held, plan, key)}")
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Mistake(f"{out} exists and holds no training; choose a new or empty folder")
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, plan.as_dict())
+
+
+def _change(held: Any, plan: Plan, key: str) -> str:
+    """What the folder's plan has at the first key that differs, what was asked, and what to do."""
+    asked = plan.as_dict()
+    words = "choose a new --out"
+    if key.partition(".")[0] == "genome":
+        # The notation says a whole genome in a line, where a list of slots would not fit.
+        key = "notation"
+    elif key == "proxy.steps":
+        words = f"the learning-rate schedule spans the whole training; {words}"
+    old, new = _value_at(held, key), _value_at(asked, key)
+    return f"{key} is {old} there and {new} here; {words}"
+
+
+def _value_at(plan: Any, key: str) -> str:
+    for part in key.split("."):
+        if not isinstance(plan, dict) or part not in plan:
+            return "absent"
+        plan = plan[part]
+    return plan if isinstance(plan, str) else json.dumps(plan)
 
 
 def train_seed(plan: Plan, seed: int, out: Path, progress: Progress) -> dict[str, Any]:

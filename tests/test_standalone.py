@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,8 +72,17 @@ def test_divergence_is_a_result(tmp_path: Path) -> None:
 def test_a_folder_holds_one_training(tmp_path: Path) -> None:
     claim(plan(), tmp_path / "out")
     claim(plan(), tmp_path / "out")
-    with pytest.raises(Mistake, match=r"train\.lr differs"):
+    with pytest.raises(
+        Mistake, match=r"train\.lr is 0\.01 there and 0\.02 here; choose a new --out"
+    ):
         claim(plan(lr=0.02), tmp_path / "out")
+    other = replace(plan(), genome=parse("{width=16} mha(heads=2) > swiglu"))
+    with pytest.raises(Mistake, match=r"notation is .*mamba2.* there and .*mha.* here"):
+        claim(other, tmp_path / "out")
+    asked = plan().as_dict() | {"train": {}}
+    (tmp_path / "out" / "plan.json").write_text(json.dumps(asked), encoding="utf-8")
+    with pytest.raises(Mistake, match=r"train\.\w+ is absent there"):
+        claim(plan(), tmp_path / "out")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter").touch()
     with pytest.raises(Mistake, match="holds no training"):
