@@ -56,9 +56,9 @@ def test_baselines_run_unless_there_are_to_be_none(tmp_path: Path) -> None:
     study = load_study(write(tmp_path, absent))
     assert [name for name, _ in study.baseline_genomes()] == six
     assert load_study(write(tmp_path, absent + "baselines: []\n")).baseline_genomes() == []
-    narrow = absent.replace("width: 16", "width: 10")
+    odd = absent.replace("width: 16", "width: 100")
     with pytest.raises(StudyError, match=r"baselines\.\d: .*runs unless baselines: names others"):
-        load_study(write(tmp_path, narrow))
+        load_study(write(tmp_path, odd))
 
 
 @pytest.mark.parametrize(
