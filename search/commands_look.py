@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,25 +11,28 @@ from rich.text import Text
 
 from ..genome import presets
 from ..genome.cost import DEFAULT_CONTEXT, ModelCost, cost
-from ..genome.files import to_dict
+from ..genome.files import from_dict, to_dict
 from ..genome.genome import Genome
 from ..genome.hash import canonical_hash
 from ..genome.notation import show as notation
 from ..primitives.base import DTYPES, Cost
 from .draw import drawing
 from .front import shown_value
-from .options import WHAT, AsJson, Context, Depth, Dtype, Width, examples
+from .objectives import CacheSettings
+from .options import DEFAULT_DTYPE, WHAT, AsJson, Context, Depth, Dtype, Width, examples
 from .outline import outline
 from .picture import picture
+from .run import RunView
 from .source import Source, find_genome
 from .store import write_text
 from .terminal import (
     Mistake,
     console,
     plain,
+    print_hanging,
     print_json,
     print_table,
-    say,
+    say_wrapped,
     unicode_works,
 )
 from .units import bytes_text, count_text
@@ -36,10 +40,28 @@ from .units import bytes_text, count_text
 app = typer.Typer()
 
 
-def _dtype(name: str) -> str:
-    if name not in DTYPES:
+@dataclass(frozen=True)
+class Counting:
+    """At what context and in what type costs are counted, and who says so."""
+
+    context: int
+    dtype: str
+    reason: str = ""
+
+
+def _check_dtype(name: str | None) -> None:
+    if name is not None and name not in DTYPES:
         raise Mistake(f"--dtype is one of {', '.join(DTYPES)}, not {name!r}")
-    return name
+
+
+def _counting(run: RunView | None, context: int | None, dtype: str | None) -> Counting:
+    """As the options say; where there are none, as the objective of the run's study counts."""
+    if run is not None and context is None and dtype is None:
+        for goal in run.goals:
+            if isinstance(goal.settings, CacheSettings):
+                reason = f", as {run.study.name} counts {goal.label}"
+                return Counting(goal.settings.context, goal.settings.dtype, reason)
+    return Counting(context or DEFAULT_CONTEXT, dtype or DEFAULT_DTYPE)
 
 
 def _costs(costs: Cost) -> dict[str, Any]:
@@ -89,8 +111,8 @@ def _facts(genome: Genome) -> str:
 )
 def show(
     what: Annotated[str, typer.Argument(help=WHAT)],
-    context: Context = DEFAULT_CONTEXT,
-    dtype: Dtype = "bf16",
+    context: Context = None,
+    dtype: Dtype = None,
     width: Width = None,
     depth: Depth = None,
     svg: Annotated[
@@ -101,14 +123,15 @@ def show(
     """Draw a genome in the terminal, with its costs per slot and whole."""
     if svg is not None and (svg.suffix != ".svg" or not svg.absolute().parent.is_dir()):
         raise Mistake(f"--svg names a file that ends in .svg, in a folder that exists, not {svg}")
-    kind = _dtype(dtype)
+    _check_dtype(dtype)
     found = find_genome(what, width, depth)
-    counted = cost(found.genome, context, DTYPES[kind])
+    at = _counting(found.run, context, dtype)
+    counted = cost(found.genome, at.context, DTYPES[at.dtype])
     content = outline(found.genome, counted)
     if svg is not None:
         write_text(svg, picture(content, notation(found.genome)))
     if as_json:
-        print_json(describe(found.genome, counted, context, kind))
+        print_json(describe(found.genome, counted, at.context, at.dtype))
         return
     screen = console()
     screen.print(Text(plain(f"{found.name} · {_facts(found.genome)}"), style="bold"))
@@ -121,8 +144,9 @@ def show(
     screen.print(
         Text(
             plain(
-                f"Cache of one sequence of {context:,} tokens in {kind}; numbers are of one slot, "
-                "each time it stands."
+                f"Cache of one sequence of {at.context:,} tokens in {at.dtype}{at.reason}; FLOPs "
+                "per token are the mean over its positions. Numbers are of one slot, each time it "
+                "stands."
             ),
             style="dim",
         )
@@ -149,26 +173,37 @@ def _trial_line(source: Source) -> str:
 )
 def compare(
     what: Annotated[list[str], typer.Argument(help="Two to four of: " + WHAT)],
-    context: Context = DEFAULT_CONTEXT,
-    dtype: Dtype = "bf16",
+    context: Context = None,
+    dtype: Dtype = None,
     width: Width = None,
     depth: Depth = None,
     as_json: AsJson = False,
 ) -> None:
-    """Put two to four genomes side by side: costs, operators, and scores where they are trials."""
+    """Put two to four genomes side by side: costs, operators, and scores where they are trials.
+
+    Beside a RUN:TRIAL, a preset is that run's baseline of this name, or has its size.
+    """
     if not 2 <= len(what) <= 4:
         raise Mistake(f"compare takes two to four genomes, not {len(what)}")
-    kind = _dtype(dtype)
-    sources = [_scaled(text, width, depth) for text in what]
-    counted = [cost(s.genome, context, DTYPES[kind]) for s in sources]
+    _check_dtype(dtype)
+    sources, notes = _sources(what, width, depth)
+    at = _counting(next((s.run for s in sources if s.run), None), context, dtype)
+    counted = [cost(s.genome, at.context, DTYPES[at.dtype]) for s in sources]
     described = [
-        describe(s.genome, c, context, kind) for s, c in zip(sources, counted, strict=True)
+        describe(s.genome, c, at.context, at.dtype) for s, c in zip(sources, counted, strict=True)
     ]
     if as_json:
         print_json(
             [
-                {"name": s.name, "source": s.text, **d, "scores": _scores(s), "values": _values(s)}
-                for s, d in zip(sources, described, strict=True)
+                {
+                    "name": s.name,
+                    "source": s.text,
+                    "note": note,
+                    **d,
+                    "scores": _scores(s),
+                    "values": _values(s),
+                }
+                for s, note, d in zip(sources, notes, described, strict=True)
             ]
         )
         return
@@ -179,7 +214,7 @@ def compare(
         ["parameters", *(count_text(d["params"]) for d in described)],
         ["active", *(count_text(d["active_params"]) for d in described)],
         ["FLOPs per token", *(count_text(d["flops_per_token"]) for d in described)],
-        [f"cache at {context:,}", *(bytes_text(d["cache_bytes"]) for d in described)],
+        [f"cache at {at.context:,}", *(bytes_text(d["cache_bytes"]) for d in described)],
         ["operators", *(_operators(s.genome) for s in sources)],
     ]
     rows += [
@@ -190,15 +225,45 @@ def compare(
     names = [s.name if s.trial is None or s.trial.baseline is None else s.text for s in sources]
     columns = ["", *_distinct(names)]
     print_table(columns, rows, fold=columns[1:])
-    for source in sources:
-        say(f"{source.name}: {notation(source.genome)}", "dim")
+    print_hanging([(s.name, notation(s.genome)) for s in sources])
+    say_wrapped(f"Costs of one sequence of {at.context:,} tokens in {at.dtype}{at.reason}.", "dim")
+    for note in notes:
+        if note is not None:
+            say_wrapped(note, "dim")
 
 
-def _scaled(text: str, width: int | None, depth: int | None) -> Source:
-    """Width and depth go to the presets among the genomes and leave the others alone."""
-    if text in presets.names():
-        return find_genome(text, width, depth)
-    return find_genome(text)
+def _sources(
+    what: list[str], width: int | None, depth: int | None
+) -> tuple[list[Source], list[str | None]]:
+    """The genomes, and for a preset that was sized to the first trial what was done.
+
+    Width and depth go to the presets among the genomes and leave the others alone.
+    """
+    found = {text: find_genome(text) for text in what if text not in presets.names()}
+    trial = next((found[t] for t in what if t in found and found[t].run is not None), None)
+    pairs = [
+        (found[text], None) if text in found else _preset(text, trial, width, depth)
+        for text in what
+    ]
+    return [source for source, _ in pairs], [note for _, note in pairs]
+
+
+def _preset(
+    name: str, beside: Source | None, width: int | None, depth: int | None
+) -> tuple[Source, str | None]:
+    """A preset to compare with a trial: the run's own baseline, or in the size of its baselines."""
+    if beside is None or beside.run is None or (width is not None and depth is not None):
+        return find_genome(name, width, depth), None
+    run = beside.run
+    if width is None and depth is None:
+        for trial in run.trials:
+            if trial.baseline == name:
+                own = Source(name, name, from_dict(trial.genome), run, trial)
+                return own, f"{name} is the baseline of {run.study.name}, trial {trial.number}."
+    width = beside.genome.width if width is None else width
+    depth = run.study.space.depth[1] if depth is None else depth
+    note = f"{name} stands at width {width} with {depth} slots, to match {beside.name}; untrained."
+    return find_genome(name, width, depth), note
 
 
 def _distinct(names: list[str]) -> list[str]:

@@ -7,14 +7,27 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from ..genome.cost import DEFAULT_CONTEXT
 from ..primitives.base import DTYPES
 
+DEFAULT_DTYPE = "bf16"
 WHAT = "A notation, a genome file (.yaml, .json), a preset, or RUN:TRIAL."
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Context = Annotated[
-    int, typer.Option(min=1, help="Tokens of the sequence that costs are counted for.")
+    int | None,
+    typer.Option(
+        min=1,
+        help="Tokens of the sequence that costs are counted for; "
+        f"{DEFAULT_CONTEXT}, or for RUN:TRIAL what its study counts.",
+    ),
 ]
-Dtype = Annotated[str, typer.Option(help="Type of the cached numbers: " + ", ".join(DTYPES) + ".")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Type of the cached numbers: {', '.join(DTYPES)}; "
+        f"{DEFAULT_DTYPE}, or for RUN:TRIAL what its study counts."
+    ),
+]
 Width = Annotated[int | None, typer.Option(min=1, help="Width of a preset or a notation.")]
 Depth = Annotated[int | None, typer.Option(min=1, help="Slots of a preset.")]
 

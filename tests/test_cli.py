@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -140,10 +141,43 @@ def test_compare(call: Call, made: Path) -> None:
     code, out, _ = call("compare", f"{made}:0", "mamba2", "[mha > swiglu]*2")
     assert code == 0
     assert "FLOPs per token" in out
-    rows = loads(call("compare", f"{made}:0", "mamba2", "--json"))
-    assert [r["name"] for r in rows] == ["transformer++", "mamba2"]
+    assert max(map(len, out.splitlines())) <= 80
+    rows = loads(call("compare", f"{made}:0", "{width=32} mha > swiglu", "--json"))
+    assert [r["name"] for r in rows] == ["transformer++", "genome"]
     assert rows[0]["scores"]["recall"]["score"] > 0
     assert rows[1]["scores"] == {}
+
+
+def test_compare_sizes_presets_to_the_trial(call: Call, made: Path) -> None:
+    trial, own, sized = loads(call("compare", f"{made}:7", "mamba2", "retnet", "--json"))
+    baseline = loads(call("show", f"{made}:1", "--json"))
+    assert (trial["note"], own["hash"]) == (None, baseline["hash"])
+    assert own["scores"]["recall"]["score"] > 0
+    assert (sized["genome"]["width"], len(sized["slots"]), sized["scores"]) == (32, 6, {})
+    out = " ".join(call("compare", f"{made}:7", "mamba2", "retnet")[1].split())
+    assert "mamba2 is the baseline of made, trial 1." in out
+    assert "retnet stands at width 32 with 6 slots" in out
+    _, asked = loads(call("compare", f"{made}:7", "mamba2", "--width", "64", "--json"))
+    assert (asked["genome"]["width"], len(asked["slots"]), asked["scores"]) == (64, 6, {})
+
+
+def test_costs_of_a_trial_are_counted_as_its_study_counts(
+    call: Call, made: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "long"
+    shutil.copytree(made, run)
+    text = (run / "study.yaml").read_text(encoding="utf-8")
+    assert "context: 4096, dtype: bf16" in text
+    text = text.replace("context: 4096, dtype: bf16", "context: 512, dtype: fp32")
+    (run / "study.yaml").write_text(text, encoding="utf-8")
+    shown = loads(call("show", "long:0", "--json"))
+    assert (shown["context"], shown["dtype"]) == (512, "fp32")
+    out = " ".join(call("show", "long:0")[1].split())
+    assert "one sequence of 512 tokens in fp32, as made counts cache_bytes; FLOPs" in out
+    compared = loads(call("compare", "long:0", "long:1", "--json"))
+    assert [(c["context"], c["dtype"]) for c in compared] == [(512, "fp32")] * 2
+    asked = loads(call("show", "long:0", "--context", "64", "--json"))
+    assert (asked["context"], asked["dtype"]) == (64, "bf16")
 
 
 def test_listings(call: Call) -> None:
