@@ -25,7 +25,7 @@ space:
   operators:                   # what a slot may hold; lists are ranges of an axis
     gqa: {{heads: [4], kv_heads: [1, 2]}}
     swa: {{heads: [4], window: [32]}}
-    mamba2: {{}}
+    mamba2: {{key_dim: [16, 32]}}
     gated-deltanet: {{}}
     swiglu: {{expansion: [1.0, 2.0]}}
   pattern: alternate           # mixer, channel mixer, mixer, ...; or: free
@@ -37,11 +37,11 @@ space:
     params: {{max: 400k}}      # also: active_params, flops_per_token, cache_bytes, attention_share
 
 proxies:                       # tasks that judge a candidate, each with its budget
-  recall: {{task: in-context-recall, steps: 240, batch: 32}}
-  text: {{task: byte-text, steps: 240, batch: 8, length: 128}}
+  recall: {{task: in-context-recall, steps: 240, batch: 16, length: 64}}
+  text: {{task: byte-text, steps: 120, batch: 8, length: 128}}
   # own text: {{task: byte-text, text: path/to/file-or-folder, steps: 500, batch: 16, length: 256}}
 
-train: {{lr: 0.005}}           # a list is a grid that every candidate tries
+train: {{lr: 0.01}}            # a list is a grid that every candidate tries
 
 objectives:                    # the first stands on the vertical axis
   - quality                    # mean of the proxies' scores
@@ -53,7 +53,7 @@ search:
   trials: 24                   # candidates beside the baselines
   population: 8
   seed: 0
-  rungs: [0.25, 1.0]           # only the better third trains on after a quarter of the steps
+  rungs: [0.4, 1.0]            # only the better third trains on after 0.4 of the steps
   eta: 3
 
 baselines: [transformer++, mamba2, striped]    # always run, same budget;
