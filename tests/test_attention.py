@@ -379,3 +379,4 @@ def test_inference_mode_leaves_nothing_behind_that_training_refuses() -> None:
     with torch.inference_mode():
         module(x)
     module(x)[0].sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
