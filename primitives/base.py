@@ -242,7 +242,7 @@ class Primitive:
     points: tuple[Point, ...] = ()
     lends: bool = False
     """Its key-value features can be shared with later slots: the module has `forward_lending` and
-    `forward_borrowing` (see attention.py)."""
+    `forward_borrowing` (see attention/layer.py)."""
     lending_problem: Callable[[Config, Config], str | None] | None = None
     """For a primitive that lends: why the second config cannot use the features of the first, as a
     sentence; None where it can. Either config may be another primitive's."""

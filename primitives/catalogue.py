@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .attention import ATTENTION
+from .attention.layer import ATTENTION
 from .base import Gene, GeneError, Point, Primitive
-from .conv import SHORT_CONV
-from .delta_axes import DELTA
-from .gated_scan import GATED_SCAN
-from .hgrn import HGRN
-from .mlp import MLP
-from .mlstm import MLSTM
-from .moe import MOE
+from .channel.mlp import MLP
+from .channel.moe import MOE
+from .convolution.short_conv import SHORT_CONV
+from .diagonal.gated_scan import GATED_SCAN
+from .diagonal.hgrn import HGRN
+from .diagonal.rwkv4 import RWKV4
+from .diagonal.s4d import S4D
+from .diagonal.selective import SELECTIVE
 from .nearest import unknown
-from .nonlinear import NONLINEAR
-from .recurrence_axes import RECURRENCE
-from .rwkv4 import RWKV4
-from .rwkv7 import RWKV7
-from .s4d import S4D
-from .selective import SELECTIVE
+from .recurrence.delta_axes import DELTA
+from .recurrence.matrix_axes import RECURRENCE
+from .recurrence.mlstm import MLSTM
+from .recurrence.nonlinear import NONLINEAR
+from .recurrence.rwkv7 import RWKV7
 
 CATALOGUE: tuple[Primitive, ...] = (
     ATTENTION,

@@ -21,12 +21,12 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
 
-from mendel.primitives.attention import Attention, AttentionConfig, configure
+from mendel.primitives.attention.keyvalues import KeyValues
+from mendel.primitives.attention.layer import Attention, AttentionConfig, configure
+from mendel.primitives.attention.scores import attend
 from mendel.primitives.base import Gene, GeneError, Site, State
 from mendel.primitives.catalogue import resolve
-from mendel.primitives.keyvalues import KeyValues
 from mendel.primitives.position import ContextError
-from mendel.primitives.scores import attend
 
 WIDTH = 48
 TOKENS = 37

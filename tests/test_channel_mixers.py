@@ -18,8 +18,8 @@ from transformers.models.mixtral import modeling_mixtral as mixtral
 
 from mendel.primitives.base import Gene, GeneError, Site
 from mendel.primitives.catalogue import resolve
-from mendel.primitives.mlp import ACTIVATIONS, Mlp, MlpConfig, activate, inner_width
-from mendel.primitives.moe import BALANCE_RATE, Moe, MoeConfig, product_form
+from mendel.primitives.channel.mlp import ACTIVATIONS, Mlp, MlpConfig, activate, inner_width
+from mendel.primitives.channel.moe import BALANCE_RATE, Moe, MoeConfig, product_form
 
 WIDTH = 48
 MIXTURES: dict[str, dict[str, Gene]] = {

@@ -11,7 +11,7 @@ from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv
 
 from mendel.primitives.base import Gene, GeneError, Site
 from mendel.primitives.catalogue import resolve
-from mendel.primitives.conv import GatedConv, GatedConvConfig
+from mendel.primitives.convolution.short_conv import GatedConv, GatedConvConfig
 
 
 def config(name: str, width: int = 64, **genes: Gene) -> GatedConvConfig:

@@ -12,7 +12,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDel
 
 from mendel.primitives.base import Gene, GeneError, Site
 from mendel.primitives.catalogue import resolve
-from mendel.primitives.delta import Delta, DeltaConfig
+from mendel.primitives.recurrence.delta import Delta, DeltaConfig
 
 
 def config(name: str, width: int = 64, **genes: Gene) -> DeltaConfig:

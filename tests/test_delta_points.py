@@ -12,7 +12,7 @@ from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDelta
 
 from mendel.primitives.base import Gene, Site
 from mendel.primitives.catalogue import resolve
-from mendel.primitives.delta import Delta, DeltaConfig, delta_product
+from mendel.primitives.recurrence.delta import Delta, DeltaConfig, delta_product
 
 
 def build(name: str, **genes: Gene) -> Delta:

@@ -14,7 +14,7 @@ from transformers.models.recurrent_gemma.modeling_recurrent_gemma import (
 
 from mendel.primitives.base import Gene, GeneError, Site
 from mendel.primitives.catalogue import resolve
-from mendel.primitives.gated_scan import GatedScan, GatedScanConfig
+from mendel.primitives.diagonal.gated_scan import GatedScan, GatedScanConfig
 
 
 def config(name: str, width: int = 64, **genes: Gene) -> GatedScanConfig:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mendel.primitives.base import Gene, Site
 from mendel.primitives.catalogue import resolve
-from mendel.primitives.hgrn import Hgrn, HgrnConfig
+from mendel.primitives.diagonal.hgrn import Hgrn, HgrnConfig
 
 
 def build(**genes: Gene) -> Hgrn:

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mendel.primitives.attention import (
+from mendel.primitives.attention.keyvalues import KeyValues
+from mendel.primitives.attention.layer import (
     Attention,
     AttentionConfig,
     BorrowingAttention,
@@ -14,7 +15,6 @@ from mendel.primitives.attention import (
 )
 from mendel.primitives.base import Gene, Site, State
 from mendel.primitives.catalogue import resolve
-from mendel.primitives.keyvalues import KeyValues
 
 WIDTH = 48
 TOKENS = 37

@@ -14,7 +14,7 @@ from mendel.kernels.backend import use_backend
 from mendel.kernels.mlstm import mlstm
 from mendel.primitives.base import Gene, Site
 from mendel.primitives.catalogue import resolve
-from mendel.primitives.mlstm import Mlstm, MlstmConfig
+from mendel.primitives.recurrence.mlstm import Mlstm, MlstmConfig
 
 
 def build(name: str, **genes: Gene) -> Mlstm:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mendel.primitives.base import Gene, GeneError, Site
 from mendel.primitives.catalogue import resolve
-from mendel.primitives.nonlinear import Nonlinear, NonlinearConfig
+from mendel.primitives.recurrence.nonlinear import Nonlinear, NonlinearConfig
 
 
 def build(name: str, **genes: Gene) -> Nonlinear:

@@ -15,7 +15,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from mendel.primitives.base import Gene, GeneError, Site
 from mendel.primitives.catalogue import resolve
 from mendel.primitives.decays import InputDecay
-from mendel.primitives.recurrence import Recurrence, RecurrenceConfig
+from mendel.primitives.recurrence.matrix_state import Recurrence, RecurrenceConfig
 
 
 def config(name: str, width: int = 64, **genes: Gene) -> RecurrenceConfig:

@@ -17,8 +17,8 @@ from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttenti
 from mendel.primitives.base import Gene, Site
 from mendel.primitives.catalogue import resolve
 from mendel.primitives.decays import InputDecay, LearnedDecay
-from mendel.primitives.features import FAVOR_LEAST, FeatureMap
-from mendel.primitives.recurrence import Recurrence, RecurrenceConfig
+from mendel.primitives.recurrence.features import FAVOR_LEAST, FeatureMap
+from mendel.primitives.recurrence.matrix_state import Recurrence, RecurrenceConfig
 
 LENGTH = 21
 

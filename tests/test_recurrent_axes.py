@@ -12,18 +12,18 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mendel.primitives.base import Gene, GeneError, Operator, Primitive, Site
-from mendel.primitives.conv import SHORT_CONV
-from mendel.primitives.delta_axes import DELTA
-from mendel.primitives.gated_scan import GATED_SCAN
-from mendel.primitives.hgrn import HGRN
-from mendel.primitives.mlstm import MLSTM
-from mendel.primitives.nonlinear import NONLINEAR
-from mendel.primitives.recurrence_axes import RECURRENCE
+from mendel.primitives.convolution.short_conv import SHORT_CONV
+from mendel.primitives.diagonal.gated_scan import GATED_SCAN
+from mendel.primitives.diagonal.hgrn import HGRN
+from mendel.primitives.diagonal.rwkv4 import RWKV4
+from mendel.primitives.diagonal.s4d import S4D
+from mendel.primitives.diagonal.selective import SELECTIVE
+from mendel.primitives.recurrence.delta_axes import DELTA
+from mendel.primitives.recurrence.matrix_axes import RECURRENCE
+from mendel.primitives.recurrence.mlstm import MLSTM
+from mendel.primitives.recurrence.nonlinear import NONLINEAR
+from mendel.primitives.recurrence.rwkv7 import RWKV7
 from mendel.primitives.recurrent_parts import auto_heads
-from mendel.primitives.rwkv4 import RWKV4
-from mendel.primitives.rwkv7 import RWKV7
-from mendel.primitives.s4d import S4D
-from mendel.primitives.selective import SELECTIVE
 
 WIDTH, TOKENS = 32, 19
 PRIMITIVES = (

@@ -13,7 +13,7 @@ from mendel.kernels.backend import use_backend
 from mendel.kernels.wkv import wkv
 from mendel.primitives.base import Site
 from mendel.primitives.catalogue import resolve
-from mendel.primitives.rwkv4 import Rwkv4
+from mendel.primitives.diagonal.rwkv4 import Rwkv4
 
 
 def build() -> Rwkv4:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from mendel.primitives.base import Gene, Site
 from mendel.primitives.catalogue import resolve
-from mendel.primitives.rwkv7 import Rwkv7, Rwkv7Config
+from mendel.primitives.recurrence.rwkv7 import Rwkv7, Rwkv7Config
 
 LENGTH = 21
 

@@ -8,7 +8,7 @@ from mendel.kernels.backend import use_backend
 from mendel.kernels.time_invariant import PIECE, time_invariant
 from mendel.primitives.base import Gene, GeneError, Site
 from mendel.primitives.catalogue import resolve
-from mendel.primitives.s4d import S4d, S4dConfig
+from mendel.primitives.diagonal.s4d import S4d, S4dConfig
 
 
 def build(name: str = "s4d", **genes: Gene) -> S4d:

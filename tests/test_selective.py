@@ -15,7 +15,7 @@ from mendel.kernels.backend import use_backend
 from mendel.kernels.selective_scan import selective_scan
 from mendel.primitives.base import Gene, Site
 from mendel.primitives.catalogue import resolve
-from mendel.primitives.selective import Selective, SelectiveConfig
+from mendel.primitives.diagonal.selective import Selective, SelectiveConfig
 
 
 def config(name: str, width: int = 64, **genes: Gene) -> SelectiveConfig:

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..kernels.diagonal_scan import diagonal_scan
-from ..kernels.letters import BTD
-from .base import (
+from ...kernels.diagonal_scan import diagonal_scan
+from ...kernels.letters import BTD
+from ..base import (
     Axis,
     Cost,
     Gene,
@@ -28,10 +28,10 @@ from .base import (
     View,
     state_dtype,
 )
-from .decays import InputDecay, input_decay_params
-from .genes import choice, number
-from .norm import make_norm, norm_params
-from .recurrent_parts import at_least_float32, full_precision, inner_width
+from ..decays import InputDecay, input_decay_params
+from ..genes import choice, number
+from ..norm import make_norm, norm_params
+from ..recurrent_parts import at_least_float32, full_precision, inner_width
 
 ANGLE_BASE = 10000.0
 

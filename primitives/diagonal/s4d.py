@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.letters import BTD
-from ..kernels.time_invariant import time_invariant
-from .base import (
+from ...kernels.letters import BTD
+from ...kernels.time_invariant import time_invariant
+from ..base import (
     Axis,
     Cost,
     Gene,
@@ -30,8 +30,8 @@ from .base import (
     View,
     state_dtype,
 )
-from .genes import choice, whole
-from .recurrent_parts import at_least_float32, full_precision
+from ..genes import choice, whole
+from ..recurrent_parts import at_least_float32, full_precision
 
 SPECTRA = ("lin", "inv", "real")
 FASTEST = 10.0

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.letters import BTGK
-from .recurrent_parts import at_least_float32
+from ...kernels.letters import BTGK
+from ..recurrent_parts import at_least_float32
 
 FEATURES = ("none", "elu+1", "softmax", "taylor", "favor", "hedgehog")
 POSITIVE = ("elu+1", "softmax", "taylor", "favor", "hedgehog")

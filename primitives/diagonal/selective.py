@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.letters import BTD
-from ..kernels.selective_scan import selective_scan
-from .base import (
+from ...kernels.letters import BTD
+from ...kernels.selective_scan import selective_scan
+from ..base import (
     Axis,
     Cost,
     Gene,
@@ -29,8 +29,8 @@ from .base import (
     View,
     state_dtype,
 )
-from .genes import choice, flag, number, whole
-from .recurrent_parts import (
+from ..genes import choice, flag, number, whole
+from ..recurrent_parts import (
     ShortConv,
     at_least_float32,
     full_precision,

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.diagonal_scan import diagonal_scan
-from ..kernels.letters import BTD, BTF
-from .base import (
+from ...kernels.diagonal_scan import diagonal_scan
+from ...kernels.letters import BTD, BTF
+from ..base import (
     Axis,
     Cost,
     Gene,
@@ -28,8 +28,8 @@ from .base import (
     View,
     state_dtype,
 )
-from .genes import choice, number, whole
-from .recurrent_parts import (
+from ..genes import choice, number, whole
+from ..recurrent_parts import (
     ShortConv,
     at_least_float32,
     auto_heads,

@@ -14,19 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.letters import BTD, BTGK
-from ..kernels.matrix_state import matrix_state
-from ..kernels.preread import matrix_state_preread
-from .base import Cost, Operator, State, state_dtype
-from .decays import (
+from ...kernels.letters import BTD, BTGK
+from ...kernels.matrix_state import matrix_state
+from ...kernels.preread import matrix_state_preread
+from ..base import Cost, Operator, State, state_dtype
+from ..decays import (
     InputDecay,
     LearnedDecay,
     fixed_log_decay,
     input_decay_params,
     slope_log_decay,
 )
-from .features import FeatureMap, feature_params, feature_products, feature_rows
-from .recurrent_parts import (
+from ..recurrent_parts import (
     Dt,
     ReadOutNorm,
     ShortConv,
@@ -35,7 +34,8 @@ from .recurrent_parts import (
     repeat_groups,
     short_conv_params,
 )
-from .token_shift import TokenShift, token_shift_params, token_shift_products
+from ..token_shift import TokenShift, token_shift_params, token_shift_products
+from .features import FeatureMap, feature_params, feature_products, feature_rows
 
 ROTARY_BASE = 10000.0
 LEAST_SUM = 1e-6

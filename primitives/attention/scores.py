@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.letters import H
+from ...kernels.letters import H
+from ..position import alibi_bias
 from .keyvalues import KeyValues
-from .position import alibi_bias
 
 BANDS = 4
 """A sequence of so many windows is computed block by block; a shorter one in one piece, masked."""

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.letters import BTD
-from .base import Axis, Cost, Gene, Liv, Operator, Point, Primitive, Site, State
-from .genes import choice, flag, number
+from ...kernels.letters import BTD
+from ..base import Axis, Cost, Gene, Liv, Operator, Point, Primitive, Site, State
+from ..genes import choice, flag, number
 
 ACTIVATIONS = ("relu", "relu2", "gelu", "silu")
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.diagonal_low_rank import diagonal_low_rank
-from ..kernels.letters import BTD
-from .base import (
+from ...kernels.diagonal_low_rank import diagonal_low_rank
+from ...kernels.letters import BTD
+from ..base import (
     Axis,
     Cost,
     Gene,
@@ -30,9 +30,8 @@ from .base import (
     View,
     state_dtype,
 )
-from .delta import unit_length
-from .genes import choice, number, whole
-from .recurrent_parts import (
+from ..genes import choice, number, whole
+from ..recurrent_parts import (
     ReadOutNorm,
     at_least_float32,
     full_precision,
@@ -40,7 +39,8 @@ from .recurrent_parts import (
     inner_width,
     read_out_norm_params,
 )
-from .token_shift import SHIFTS, TokenShift, token_shift_params, token_shift_products
+from ..token_shift import SHIFTS, TokenShift, token_shift_params, token_shift_products
+from .delta import unit_length
 
 HEAD_TARGET = 64
 FASTEST = -math.exp(-0.5)

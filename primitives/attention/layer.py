@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..kernels.letters import BTD
-from ..kernels.short_conv import short_conv
-from .base import Axis, Cost, Gene, GeneError, Liv, Operator, Point, Primitive, Site, State
-from .genes import choice, flag, number, whole
+from ...kernels.letters import BTD
+from ...kernels.short_conv import short_conv
+from ..base import Axis, Cost, Gene, GeneError, Liv, Operator, Point, Primitive, Site, State
+from ..genes import choice, flag, number, whole
+from ..norm import make_norm
+from ..position import Rotary, alibi_slopes
 from .keyvalues import KeyValues, capacity, extend, init_cache
-from .norm import make_norm
-from .position import Rotary, alibi_slopes
 from .scores import attend
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .base import Axis, Gene, Liv, Primitive, Site
+from ..base import Axis, Gene, Liv, Primitive, Site
+from ..genes import choice, flag, number, whole
+from ..recurrent_parts import GATES, group_count, head_count, inner_width, taps_axis
 from .delta import DeltaConfig
 from .delta_points import POINTS
-from .genes import choice, flag, number, whole
-from .recurrent_parts import GATES, group_count, head_count, inner_width, taps_axis
 
 HEAD_TARGET = 128
 

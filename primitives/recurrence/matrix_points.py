@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import Gene, Point, View
+from ..base import Gene, Point, View
 
 PLAIN: dict[str, Gene] = {
     "key_dim": 0,

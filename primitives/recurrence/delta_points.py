@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import Gene, Point, View
+from ..base import Gene, Point, View
 
 COMMON: dict[str, Gene] = {
     "expand": 1.0,

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.delta_rule import delta_rule
-from ..kernels.letters import BTD
-from .base import Cost, Operator, State, state_dtype
-from .decays import InputDecay
-from .recurrent_parts import (
+from ...kernels.delta_rule import delta_rule
+from ...kernels.letters import BTD
+from ..base import Cost, Operator, State, state_dtype
+from ..decays import InputDecay
+from ..recurrent_parts import (
     Dt,
     ReadOutNorm,
     ShortConv,

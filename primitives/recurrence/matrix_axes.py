@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .base import Axis, Gene, GeneError, Liv, Primitive, Site
-from .decays import FORMS, slope_share
+from ..base import Axis, Gene, GeneError, Liv, Primitive, Site
+from ..decays import FORMS, slope_share
+from ..genes import choice, flag, number, whole
+from ..recurrent_parts import GATES, NORMS, group_count, head_count, inner_width, taps_axis
+from ..token_shift import SHIFTS
 from .features import FEATURES, KEEPS_WIDTH, POSITIVE, TAYLOR_MOST
-from .genes import choice, flag, number, whole
-from .recurrence import RecurrenceConfig
-from .recurrence_points import POINTS
-from .recurrent_parts import GATES, NORMS, group_count, head_count, inner_width, taps_axis
-from .token_shift import SHIFTS
+from .matrix_points import POINTS
+from .matrix_state import RecurrenceConfig
 
 HEAD_TARGET = 64
 DECAYS = ("none", "fixed", "slopes", "learned", "scalar", "vector")

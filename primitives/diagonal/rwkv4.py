@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.definitions import NOTHING
-from ..kernels.letters import BTD
-from ..kernels.wkv import wkv
-from .base import (
+from ...kernels.definitions import NOTHING
+from ...kernels.letters import BTD
+from ...kernels.wkv import wkv
+from ..base import (
     Axis,
     Cost,
     Gene,
@@ -25,10 +25,10 @@ from .base import (
     View,
     state_dtype,
 )
-from .decays import FASTEST, MOST, SLOWEST
-from .genes import choice, number
-from .recurrent_parts import at_least_float32, full_precision, inner_width
-from .token_shift import SHIFTS, TokenShift, token_shift_params, token_shift_products
+from ..decays import FASTEST, MOST, SLOWEST
+from ..genes import choice, number
+from ..recurrent_parts import at_least_float32, full_precision, inner_width
+from ..token_shift import SHIFTS, TokenShift, token_shift_params, token_shift_products
 
 STREAMS = 3
 PARTS = ("num", "den", "m")

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..kernels.letters import BTD
-from .base import Axis, Cost, Gene, Liv, Operator, Point, Primitive, Site, State
-from .genes import number, whole
-from .recurrent_parts import ShortConv, inner_width, short_conv_params
+from ...kernels.letters import BTD
+from ..base import Axis, Cost, Gene, Liv, Operator, Point, Primitive, Site, State
+from ..genes import number, whole
+from ..recurrent_parts import ShortConv, inner_width, short_conv_params
 
 
 @dataclass(frozen=True)

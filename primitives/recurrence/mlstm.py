@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..kernels.letters import BTD
-from ..kernels.mlstm import mlstm
-from .base import (
+from ...kernels.letters import BTD
+from ...kernels.mlstm import mlstm
+from ..base import (
     Axis,
     Cost,
     Gene,
@@ -26,8 +26,8 @@ from .base import (
     View,
     state_dtype,
 )
-from .genes import choice, number, whole
-from .recurrent_parts import (
+from ..genes import choice, number, whole
+from ..recurrent_parts import (
     GATES,
     ReadOutNorm,
     ShortConv,

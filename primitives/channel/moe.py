@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.letters import BTD
-from .base import Axis, Cost, Gene, GeneError, Liv, Operator, Point, Primitive, Site, State
-from .genes import choice, flag, number, whole
+from ...kernels.letters import BTD
+from ..base import Axis, Cost, Gene, GeneError, Liv, Operator, Point, Primitive, Site, State
+from ..genes import choice, flag, number, whole
 from .mlp import ACTIVATION, EXPANSION, GATED, MlpConfig, activate, inner_width, passed
 
 BALANCE_RATE = 0.001

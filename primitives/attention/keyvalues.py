@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import State
-from .position import ContextError
+from ..base import State
+from ..position import ContextError
 
 
 @dataclass(frozen=True)

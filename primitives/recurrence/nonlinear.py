@@ -9,9 +9,9 @@ from typing import cast
 import torch
 from torch import nn
 
-from ..kernels.letters import BTD
-from ..kernels.nonlinear import GATES, PARTS, Cell, nonlinear
-from .base import (
+from ...kernels.letters import BTD
+from ...kernels.nonlinear import GATES, PARTS, Cell, nonlinear
+from ..base import (
     Axis,
     Cost,
     Gene,
@@ -24,8 +24,8 @@ from .base import (
     View,
     state_dtype,
 )
-from .genes import choice, number, whole
-from .recurrent_parts import (
+from ..genes import choice, number, whole
+from ..recurrent_parts import (
     ReadOutNorm,
     at_least_float32,
     full_precision,

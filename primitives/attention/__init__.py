@@ -1,0 +1,1 @@
+"""Softmax attention: heads, patterns, scores, caches."""

@@ -1,0 +1,1 @@
+"""Mixers over channels: one token at a time."""

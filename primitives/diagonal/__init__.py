@@ -1,0 +1,1 @@
+"""Recurrences whose state decays channel by channel."""

@@ -1,0 +1,1 @@
+"""Recurrences whose state is a matrix, or that mix nonlinearly over time."""
