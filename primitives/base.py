@@ -25,6 +25,13 @@ class GeneError(ValueError):
     """A gene, or a combination of genes, that a primitive refuses. The message is a sentence."""
 
 
+class BidirectionalError(ValueError):
+    """A state is asked of an operator that reads the whole sequence. The message is a sentence."""
+
+    def __init__(self) -> None:
+        super().__init__("a bidirectional operator reads the whole sequence: it has no state")
+
+
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of a recurrent state: never less than float32, because its sum runs for ever."""
     return torch.float32 if dtype.itemsize < 4 else dtype
@@ -138,12 +145,21 @@ class Config(Protocol):
     """A frozen dataclass of final numbers: everything that decides the module, nothing else."""
 
     def cost(self, context: int, dtype: torch.dtype) -> Cost:
-        """The cost at a context length (tokens) with weights and activations in `dtype`."""
+        """The cost at a context length (tokens) with weights and activations in `dtype`.
+
+        A bidirectional operator counts one pass over `context` tokens, divided by their number.
+        """
         ...
 
     def build(self) -> nn.Module:
         """The module, with fresh weights from torch's global generator."""
         ...
+
+
+def is_causal(config: Config) -> bool:
+    """No output of the operator depends on a later token. Configs of operators that can also read
+    the whole sequence have a field `causal`; the others have none and are causal."""
+    return bool(getattr(config, "causal", True))
 
 
 @dataclass
@@ -179,7 +195,10 @@ class Operator(nn.Module):
     def init_state(
         self, batch: int, context: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> State:
-        """An empty state with room for `context` tokens; its bytes at batch 1 are the cost's."""
+        """An empty state with room for `context` tokens; its bytes at batch 1 are the cost's.
+
+        Raises BidirectionalError where the operator is not causal; so does a call with a state.
+        """
         raise NotImplementedError
 
 

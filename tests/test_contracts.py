@@ -13,18 +13,30 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mendel.primitives.base import Config, Gene, GeneError, Site, State
+from mendel.primitives.base import (
+    BidirectionalError,
+    Config,
+    Gene,
+    GeneError,
+    Site,
+    State,
+    is_causal,
+)
 from mendel.primitives.catalogue import CATALOGUE, names, resolve
 
 WIDTH = 64
 TOKENS = 37
-CASES = names()
+ALL = names()
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 6e-2}
 
 
 def configure(name: str, **genes: Gene) -> Config:
     primitive, full = resolve(name, genes)
     return primitive.configure(Site(WIDTH, "rope", layer=1, depth=4), full)
+
+
+CASES = [name for name in ALL if is_causal(configure(name))]
+BIDIRECTIONAL = [name for name in ALL if name not in CASES]
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -97,14 +109,47 @@ def test_causal(name: str) -> None:
     assert gradient[:, at].abs().max() > 0
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", BIDIRECTIONAL)
+def test_a_bidirectional_operator_reads_later_tokens_and_has_no_state(name: str) -> None:
+    module, x = build(name, torch.float64), tokens(TOKENS, torch.float64).requires_grad_()
+    (gradient,) = torch.autograd.grad(module(x)[0][:, 0].square().sum(), x)
+    assert gradient[:, -1].abs().max() > 0
+    with pytest.raises(BidirectionalError, match="reads the whole sequence"):
+        module.init_state(1, 8, torch.float64)  # type: ignore[operator]
+    with pytest.raises(BidirectionalError, match="reads the whole sequence"):
+        module(x, State())
+    assert configure(name).cost(TOKENS, torch.float32).state_bytes == 0
+
+
+@pytest.mark.parametrize("length", [1, 2, 37, 64])
+@pytest.mark.parametrize("name", BIDIRECTIONAL)
+def test_a_bidirectional_operator_takes_any_length(name: str, length: int) -> None:
+    module, x = build(name, torch.float64), tokens(length)
+    with torch.no_grad():
+        whole = module(x.double())[0]
+        single = module.float()(x)[0]
+    assert whole.shape == x.shape
+    assert error(single, whole) < 1e-5
+
+
+@pytest.mark.parametrize("name", BIDIRECTIONAL)
+def test_flops_of_a_bidirectional_operator_are_those_of_one_pass(name: str) -> None:
+    module, config = build(name), configure(name)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(tokens(TOKENS, batch=1))
+    assert counter.get_total_flops() == pytest.approx(
+        config.cost(TOKENS, torch.float32).flops_per_token * TOKENS, rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_sequences_do_not_mix(name: str) -> None:
     module, x = build(name, torch.float64), tokens(TOKENS, torch.float64)
     with torch.no_grad():
         assert error(module(x[:1])[0], module(x)[0][:1]) < 1e-10
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL)
 def test_every_parameter_gets_a_finite_gradient(name: str) -> None:
     module, x = build(name), tokens(TOKENS, batch=8).requires_grad_()
     module(x)[0].square().sum().backward()
@@ -133,7 +178,7 @@ def test_gradients_equal_those_of_the_steps(name: str) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 1e4])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL)
 def test_extreme_inputs_stay_finite(name: str, scale: float) -> None:
     module, x = build(name), (tokens(TOKENS) * scale).requires_grad_()
     y = module(x)[0]
@@ -142,7 +187,7 @@ def test_extreme_inputs_stay_finite(name: str, scale: float) -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL)
 def test_counted_parameters_are_the_real_ones(name: str) -> None:
     config = configure(name)
     cost = config.cost(64, torch.float32)
@@ -174,7 +219,7 @@ def test_counted_state_is_the_real_one(name: str, context: int, dtype: torch.dty
     assert module.init_state(3, context, dtype, "cpu").bytes() == 3 * counted  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL)
 def test_config_is_final_and_equal_by_value(name: str) -> None:
     config = configure(name)
     assert is_dataclass(config)
@@ -184,7 +229,7 @@ def test_config_is_final_and_equal_by_value(name: str) -> None:
         setattr(config, fields(config)[0].name, None)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL)
 def test_every_searched_value_builds_or_says_why(name: str) -> None:
     primitive, _ = resolve(name, {})
     for axis in primitive.axes:
@@ -203,7 +248,7 @@ def test_every_searched_value_builds_or_says_why(name: str) -> None:
             assert len(sentence) > 10
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL)
 def test_a_wrong_gene_gets_a_sentence(name: str) -> None:
     primitive, _ = resolve(name, {})
     with pytest.raises(GeneError, match="has no axis 'nonsense'"):
