@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +141,7 @@ class Cost:
         )
 
 
+@runtime_checkable
 class Config(Protocol):
     """A frozen dataclass of final numbers: everything that decides the module, nothing else."""
 
