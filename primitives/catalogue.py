@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .attention.layer import ATTENTION
+from .attention.axes import ATTENTION
 from .base import Gene, GeneError, Point, Primitive
 from .channel.mlp import MLP
 from .channel.moe import MOE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .base import Gene
+from .base import Gene, GeneError, show_gene
 
 
 def whole(genes: Mapping[str, Gene], name: str) -> int:
@@ -34,3 +34,16 @@ def choice(genes: Mapping[str, Gene], name: str) -> str:
     value = genes[name]
     assert isinstance(value, str)
     return value
+
+
+def only(genes: Mapping[str, Gene], name: str, allowed: Mapping[str, Gene]) -> None:
+    """Raises GeneError where a gene differs from the only value that goes with `name`'s.
+
+    `allowed` maps axes to that value. For a form of a primitive that does not know an axis.
+    """
+    for axis, value in allowed.items():
+        if genes[axis] != value:
+            raise GeneError(
+                f"{name}={show_gene(genes[name])} goes with {axis}={show_gene(value)}, "
+                f"not {show_gene(genes[axis])}"
+            )

@@ -21,9 +21,12 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
 
+from mendel.primitives.attention.attend import attend
+from mendel.primitives.attention.axes import configure_plain as configure
 from mendel.primitives.attention.keyvalues import KeyValues
-from mendel.primitives.attention.layer import Attention, AttentionConfig, configure
-from mendel.primitives.attention.scores import attend
+from mendel.primitives.attention.layer import Attention, AttentionConfig
+from mendel.primitives.attention.patterns import Pattern
+from mendel.primitives.attention.weigh import Score
 from mendel.primitives.base import Gene, GeneError, Site, State
 from mendel.primitives.catalogue import resolve
 from mendel.primitives.position import ContextError
@@ -354,7 +357,7 @@ def test_attention_over_a_sequence_is_its_formula(name: str) -> None:
     expected = torch.stack(rows, 2)
     weight = torch.randn_like(expected)
     wanted = torch.autograd.grad((expected * weight).sum(), given)
-    out = attend(q, KeyValues(k, v), window, slopes)
+    out = attend(q, KeyValues(k, v), Pattern(window), Score(), slopes)
     got = torch.autograd.grad((out * weight).sum(), given)
     assert error(out, expected) < 1e-12
     for ours, theirs in zip(got, wanted, strict=True):

@@ -5,14 +5,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from mendel.primitives.attention.axes import configure_plain as configure
+from mendel.primitives.attention.axes import lending_problem
 from mendel.primitives.attention.keyvalues import KeyValues
-from mendel.primitives.attention.layer import (
-    Attention,
-    AttentionConfig,
-    BorrowingAttention,
-    configure,
-    lending_problem,
-)
+from mendel.primitives.attention.layer import Attention, AttentionConfig, BorrowingAttention
 from mendel.primitives.base import Gene, Site, State
 from mendel.primitives.catalogue import resolve
 
@@ -101,7 +97,7 @@ def _own_layer(lender: Attention, b: BorrowingAttention, source: Tensor, x: Tens
     for h in range(config.heads):
         g = h * config.kv_heads // config.heads
         for t in range(TOKENS):
-            first = 0 if config.window is None else max(0, t - config.window + 1)
+            first = 0 if config.pattern.window is None else max(0, t - config.pattern.window + 1)
             k, v = kv.keys[:, g, first : t + 1], kv.values[:, g, first : t + 1]
             scores = (k @ q[:, t, h, :, None]).squeeze(-1) / config.head_dim**0.5
             if b.slopes is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..base import State
 from ..position import ContextError
+from .patterns import Pattern
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,6 @@ class KeyValues:
         return self.first + (index - self.turn) % self.tokens
 
 
-def capacity(context: int, window: int | None) -> int:
-    """S: the tokens that a cache keeps for sequences of at most `context` tokens."""
-    return context if window is None else min(context, window)
-
-
 def init_cache(
     batch: int,
     kv_heads: int,
@@ -68,7 +64,7 @@ def init_cache(
     return {name: torch.zeros(shape, dtype=dtype, device=device) for name in ("keys", "values")}
 
 
-def extend(state: State, new: KeyValues, window: int | None) -> KeyValues:
+def extend(state: State, new: KeyValues, pattern: Pattern) -> KeyValues:
     """Write a call's keys and values into the state's cache and return all that the call may see.
 
     `new` holds T tokens, the first of which is the token `state.length` of the sequence. With a
@@ -77,7 +73,7 @@ def extend(state: State, new: KeyValues, window: int | None) -> KeyValues:
     """
     size = state.tensors["keys"].shape[2]
     length, end = state.length, state.length + new.tokens
-    if end > size and (window is None or size < window):
+    if end > size and (pattern.window is None or size < pattern.window):
         raise ContextError(f"the cache of attention holds {size} tokens; this call needs {end}")
     seen = new
     if end > size and new.tokens > 1:

@@ -1,4 +1,4 @@
-"""Causal softmax attention of queries over keys and values, with a window and ALiBi."""
+"""The queries of a call over the keys and values that their pattern shows them."""
 
 from __future__ import annotations
 
@@ -9,39 +9,37 @@ from torch import Tensor
 from ...kernels.letters import H
 from ..position import alibi_bias
 from .keyvalues import KeyValues
+from .patterns import Pattern
+from .weigh import CAUSAL, Score, weigh
 
 BANDS = 4
 """A sequence of so many windows is computed block by block; a shorter one in one piece, masked."""
 
 
-def attend(q: Tensor, kv: KeyValues, window: int | None, slopes: H | None) -> Tensor:
+def attend(q: Tensor, kv: KeyValues, pattern: Pattern, score: Score, slopes: H | None) -> Tensor:
     """softmax(q k^T / sqrt(K) + bias) v, each query over its own position and those before it.
 
     q is (B, H, T, K), the queries of the last T positions of `kv`; head h reads the key-value head
     h // (H / G). With a window w a query sees itself and the w - 1 tokens before it. `slopes` (H,)
     adds ALiBi. Returns (B, H, T, V) in q's dtype.
     """
-    tokens = q.shape[2]
+    tokens, window = q.shape[2], pattern.window
     if window is not None and kv.tokens > window + tokens - 1:
         kv = kv.last(window + tokens - 1)
     keys, values = kv.keys.to(q.dtype), kv.values.to(q.dtype)
     if tokens == 1:
         # One query sees every key that it is given.
         bias = None if slopes is None else _bias(kv, 1, None, slopes)
-        return _attend_one(q, keys, values, bias)
+        return weigh(q, keys, values, bias, score)
     if kv.tokens == tokens and window is not None and tokens >= BANDS * window:
-        return _attend_banded(q, keys, values, window, slopes)
-    grouped = keys.shape[1] != q.shape[1]
+        return _attend_banded(q, keys, values, pattern, score, slopes)
     if slopes is None and kv.tokens == tokens and (window is None or window >= tokens):
-        return F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=grouped)
-    bias = _bias(kv, tokens, window, slopes)
-    return F.scaled_dot_product_attention(
-        q, keys, values, attn_mask=bias.to(q.dtype), enable_gqa=grouped
-    )
+        return weigh(q, keys, values, CAUSAL, score)
+    return weigh(q, keys, values, _bias(kv, tokens, window, slopes), score)
 
 
 def _attend_banded(
-    q: Tensor, keys: Tensor, values: Tensor, window: int, slopes: H | None
+    q: Tensor, keys: Tensor, values: Tensor, pattern: Pattern, score: Score, slopes: H | None
 ) -> Tensor:
     """A whole sequence from its start in O(T * window).
 
@@ -49,8 +47,10 @@ def _attend_banded(
     blocks but the first share one bias.
     """
     batch, heads, tokens, width = q.shape
+    window = pattern.window
+    assert window is not None
     start = KeyValues(keys[:, :, :window], values[:, :, :window])
-    first = attend(q[:, :, :window], start, window, slopes)
+    first = attend(q[:, :, :window], start, pattern, score, slopes)
     blocks = -(-tokens // window)
     pad = blocks * window - tokens
     if pad:
@@ -67,13 +67,8 @@ def _attend_banded(
 
     pair = KeyValues(keys[:1, :1, : 2 * window], values[:1, :1, : 2 * window])
     bias = _bias(pair, window, window, slopes)
-    rest = F.scaled_dot_product_attention(
-        by_block(q)[:, 1:].flatten(0, 1),
-        with_previous(keys),
-        with_previous(values),
-        attn_mask=bias.to(q.dtype),
-        enable_gqa=keys.shape[1] != heads,
-    )
+    queries = by_block(q)[:, 1:].flatten(0, 1)
+    rest = weigh(queries, with_previous(keys), with_previous(values), bias, score)
     rest = rest.reshape(batch, blocks - 1, heads, window, width).transpose(1, 2)
     rest = rest.reshape(batch, heads, -1, width)[:, :, : tokens - window]
     return torch.cat((first, rest), 2)
@@ -91,15 +86,3 @@ def _bias(kv: KeyValues, tokens: int, window: int | None, slopes: H | None) -> T
     if window is not None:
         hidden = hidden | (distance >= window)
     return bias.masked_fill(hidden, -torch.inf)[None]
-
-
-def _attend_one(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-    """One query per head against the whole cache, as two products; q (B, H, 1, K)."""
-    batch, heads, _, width = q.shape
-    groups = keys.shape[1]
-    scores = (q.reshape(batch, groups, heads // groups, width) * width**-0.5) @ keys.mT
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if bias is not None:
-        scores = scores + bias.reshape(groups, heads // groups, -1)
-    weights: Tensor = scores.softmax(-1).to(q.dtype)
-    return (weights @ values).reshape(batch, heads, 1, -1)

@@ -1,0 +1,147 @@
+"""Attention's row of the catalogue: axes, named points, and which of them go together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from ..base import Axis, Config, Gene, GeneError, Liv, Point, Primitive, Site
+from ..genes import choice, flag, number, whole
+from .layer import AttentionConfig
+from .patterns import Pattern, pattern_problem
+from .weigh import Score
+
+
+def lending_problem(lender: object, borrower: object) -> str | None:
+    """Why `borrower` cannot use the keys and values of `lender`, in a sentence; None if it can.
+
+    Both are configs.
+    """
+    for role, config in (("lends", lender), ("borrows", borrower)):
+        if not isinstance(config, AttentionConfig):
+            return f"only attention {role} keys and values"
+    assert isinstance(lender, AttentionConfig)
+    assert isinstance(borrower, AttentionConfig)
+    for name in ("kv_heads", "head_dim", "position", "rope_theta"):
+        theirs, ours = getattr(lender, name), getattr(borrower, name)
+        if theirs != ours:
+            return f"the lender has {name}={theirs} and the borrower {name}={ours}; they must agree"
+    return pattern_problem(lender.pattern, borrower.pattern)
+
+
+FORMS: dict[str, Callable[[Site, Mapping[str, Gene]], Config]] = {}
+"""Patterns whose layer is another module than `layer.py`'s: what makes their configs."""
+
+
+def configure(site: Site, genes: Mapping[str, Gene]) -> Config:
+    form = FORMS.get(choice(genes, "pattern"))
+    return configure_plain(site, genes) if form is None else form(site, genes)
+
+
+def configure_plain(site: Site, genes: Mapping[str, Gene]) -> AttentionConfig:
+    """Attention over keys and values of heads, by a pattern that positions alone decide."""
+    heads, head_dim = whole(genes, "heads"), whole(genes, "head_dim")
+    kv_heads = whole(genes, "kv_heads") or heads
+    if heads % kv_heads:
+        raise GeneError(f"kv_heads={kv_heads} does not divide heads={heads}")
+    if head_dim == 0:
+        if site.width % heads:
+            raise GeneError(
+                f"heads={heads} does not divide the width {site.width}; set head_dim as well"
+            )
+        head_dim = site.width // heads
+    position = choice(genes, "position")
+    if position == "inherit":
+        # A learned table is added to the embeddings: nothing is left to do inside.
+        position = "none" if site.position == "learned" else site.position
+    if position == "rope" and head_dim % 2:
+        raise GeneError(f"head_dim={head_dim} is odd, and rope turns pairs of channels")
+    return AttentionConfig(
+        width=site.width,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        pattern=Pattern(whole(genes, "window") if choice(genes, "pattern") == "sliding" else None),
+        score=Score(),
+        position=position,
+        rope_theta=number(genes, "rope_theta") if position == "rope" else 0.0,
+        qk_norm=flag(genes, "qk_norm"),
+        gate=choice(genes, "gate"),
+        bias=flag(genes, "bias"),
+        conv=0 if site.borrows else whole(genes, "conv"),
+        borrows=site.borrows,
+    )
+
+
+ATTENTION = Primitive(
+    name="attention",
+    kind="mixer",
+    summary="softmax attention over all earlier tokens or a window of them",
+    source="Vaswani et al., Attention Is All You Need, arXiv 1706.03762",
+    liv=Liv("dense", "low-rank", "none", "softmax", "grouped"),
+    axes=(
+        Axis("heads", 4, "query heads", low=1.0, high=1024.0, search=(1, 2, 4, 8)),
+        Axis(
+            "kv_heads",
+            0,
+            "key-value heads, a divisor of heads; 0 for as many as heads",
+            low=0.0,
+            high=1024.0,
+            search=(0, 1, 2),
+        ),
+        Axis("head_dim", 0, "width of a head; 0 for width / heads", low=0.0, high=1024.0),
+        Axis(
+            "pattern",
+            "full",
+            "which earlier tokens a token sees",
+            options=("full", "sliding"),
+            search=("full", "sliding"),
+        ),
+        Axis(
+            "window",
+            128,
+            "tokens that sliding attention sees, the token itself included",
+            low=1.0,
+            search=(32, 64, 128, 256),
+        ),
+        Axis(
+            "position",
+            "inherit",
+            "position encoding inside; inherit takes the backbone's (learned: none inside)",
+            options=("inherit", "rope", "alibi", "none"),
+        ),
+        Axis("rope_theta", 10000.0, "base of RoPE's wavelengths", low=1.0),
+        Axis(
+            "qk_norm",
+            False,
+            "RMSNorm on every head's queries and keys, as in Qwen3 (arXiv 2505.09388)",
+            options=(False, True),
+            search=(False, True),
+        ),
+        Axis(
+            "gate",
+            "none",
+            "gate on the heads' outputs before the last projection (arXiv 2505.06708)",
+            options=("none", "sigmoid"),
+            search=("none", "sigmoid"),
+        ),
+        Axis("bias", False, "biases on the projections", options=(False, True)),
+        Axis(
+            "conv",
+            0,
+            "taps of a short convolution on queries, keys and values (STAR's SA-2, arXiv "
+            "2411.17800), 0 for none; an operator that borrows its keys and values has none",
+            low=0.0,
+            high=16.0,
+            search=(0, 3, 4),
+        ),
+    ),
+    configure=configure,
+    points=(
+        Point("mha", {"kv_heads": 0}, "Vaswani et al., arXiv 1706.03762"),
+        Point("gqa", {"kv_heads": 2}, "Ainslie et al., arXiv 2305.13245"),
+        Point("mqa", {"kv_heads": 1}, "Shazeer, arXiv 1911.02150"),
+        Point("swa", {"pattern": "sliding"}, "Longformer 2004.05150; Mistral 2310.06825"),
+    ),
+    lends=True,
+    lending_problem=lending_problem,
+)
