@@ -6,8 +6,11 @@ from collections.abc import Mapping
 
 from .attention.axes import ATTENTION
 from .base import Gene, GeneError, Point, Primitive
+from .channel.kan import KAN
 from .channel.mlp import MLP
 from .channel.moe import MOE
+from .channel.rwkv import RWKV_CHANNEL
+from .convolution.conv_block import CONV_BLOCK
 from .convolution.short_conv import SHORT_CONV
 from .diagonal.gated_scan import GATED_SCAN
 from .diagonal.hgrn import HGRN
@@ -34,8 +37,11 @@ CATALOGUE: tuple[Primitive, ...] = (
     RWKV4,
     NONLINEAR,
     SHORT_CONV,
+    CONV_BLOCK,
     MLP,
     MOE,
+    RWKV_CHANNEL,
+    KAN,
 )
 
 _BY_NAME: dict[str, tuple[Primitive, Point | None]] = {}
