@@ -9,7 +9,7 @@ from mendel.primitives.base import Operator, Site
 from mendel.primitives.catalogue import CATALOGUE, resolve
 
 POINTS = [point.name for row in CATALOGUE for point in row.points if point.view is not None]
-LOOPS = ("lstm", "gru", "slstm")
+LOOPS = ("lstm", "gru", "bilstm", "bigru", "slstm")
 """Their only form is the loop over tokens."""
 
 

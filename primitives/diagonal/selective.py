@@ -29,6 +29,7 @@ from ..base import (
     View,
     state_dtype,
 )
+from ..bidirectional import Bidirectional, causal_axis, two_directions
 from ..genes import choice, flag, number, whole
 from ..recurrent_parts import (
     ShortConv,
@@ -55,6 +56,8 @@ class SelectiveConfig:
     conv: int
     gate: str
     inner_norms: bool
+    causal: bool
+    """False: two layers of this kind, one of which reads backward."""
 
     @property
     def splits(self) -> list[int]:
@@ -80,10 +83,12 @@ class SelectiveConfig:
         # The state is read once per token; its decay and its writing are elementwise.
         flops = 2 * (products + self.inner * self.conv + matrix)
         tail = self.inner * max(self.conv - 1, 0) * dtype.itemsize
-        return Cost(params, params, float(flops), tail + matrix * state_dtype(dtype).itemsize)
+        state = tail + matrix * state_dtype(dtype).itemsize
+        one = Cost(params, params, float(flops), state)
+        return one if self.causal else two_directions(one)
 
-    def build(self) -> Selective:
-        return Selective(self)
+    def build(self) -> Selective | Bidirectional:
+        return Selective(self) if self.causal else Bidirectional(Selective(self), Selective(self))
 
 
 class Selective(Operator):
@@ -156,6 +161,7 @@ def configure(site: Site, genes: Mapping[str, Gene]) -> SelectiveConfig:
         conv=whole(genes, "conv"),
         gate=choice(genes, "gate"),
         inner_norms=flag(genes, "inner_norms"),
+        causal=flag(genes, "causal"),
     )
 
 
@@ -197,6 +203,7 @@ SELECTIVE = Primitive(
             options=(False, True),
             search=(False, True),
         ),
+        causal_axis(),
     ),
     configure=configure,
     points=(
@@ -209,6 +216,18 @@ SELECTIVE = Primitive(
                 "N moving averages of each channel, written where the token says",
                 "exponentially, at N rates per channel that the token scales by dt",
                 "-u B h + |A| h^2 / 2: gradient descent with weight decay, at rate dt",
+            ),
+        ),
+        Point(
+            "bimamba",
+            {"state": 16, "expand": 2.0, "rank": 0, "conv": 4, "gate": "silu", "causal": False},
+            "bidirectional Mamba, as in Dual-path Mamba (arXiv 2403.18257)",
+            "two Mamba layers that share nothing, one forward and one backward, summed",
+            view=View(
+                "h = exp(dt A) h + dt B u; y = C h + D u, from the first token on and the last",
+                "N moving averages of each channel and direction, written where the token says",
+                "exponentially, at N rates per channel that the token scales by dt",
+                "-u B h + |A| h^2 / 2 in each direction: descent with weight decay, at rate dt",
             ),
         ),
         Point(

@@ -24,7 +24,8 @@ from ..base import (
     View,
     state_dtype,
 )
-from ..genes import choice, number, whole
+from ..bidirectional import Bidirectional, causal_axis, two_directions
+from ..genes import choice, flag, number, whole
 from ..recurrent_parts import (
     ReadOutNorm,
     at_least_float32,
@@ -46,6 +47,8 @@ class NonlinearConfig:
     heads: int
     head_dim: int
     norm: str
+    causal: bool
+    """False: two layers of this kind, one of which reads backward."""
 
     @property
     def inner(self) -> int:
@@ -67,10 +70,11 @@ class NonlinearConfig:
         )
         parts = len(PARTS[cast(Cell, self.cell)])
         state = parts * self.inner * state_dtype(dtype).itemsize
-        return Cost(params, params, float(2 * products), state)
+        one = Cost(params, params, float(2 * products), state)
+        return one if self.causal else two_directions(one)
 
-    def build(self) -> Nonlinear:
-        return Nonlinear(self)
+    def build(self) -> Nonlinear | Bidirectional:
+        return Nonlinear(self) if self.causal else Bidirectional(Nonlinear(self), Nonlinear(self))
 
 
 class Nonlinear(Operator):
@@ -143,6 +147,7 @@ def configure(site: Site, genes: Mapping[str, Gene]) -> NonlinearConfig:
         heads=heads,
         head_dim=inner // heads,
         norm=choice(genes, "norm"),
+        causal=flag(genes, "causal"),
     )
 
 
@@ -182,6 +187,7 @@ NONLINEAR = Primitive(
             options=("none", "rmsnorm", "groupnorm"),
             search=("none", "groupnorm"),
         ),
+        causal_axis(),
     ),
     configure=configure,
     points=(
@@ -207,6 +213,30 @@ NONLINEAR = Primitive(
                 "one weighted average per channel, its weights summing to one",
                 "exponentially, at a rate per channel that token and last output choose",
                 "(1-z) (h - n)^2 / 2 for the candidate n, one step of gradient descent",
+            ),
+        ),
+        Point(
+            "bilstm",
+            {"cell": "lstm", "heads": 1, "expand": 1.0, "norm": "none", "causal": False},
+            "bidirectional recurrent networks (Schuster and Paliwal 1997), of LSTMs",
+            "with a projection of both directions back to the model's width",
+            view=View(
+                "c = f c + i tanh(g), h = o tanh(c), from the first token on and from the last",
+                "one number per channel and direction, written as token and output say",
+                "exponentially, at a rate per channel that token and last output choose",
+                "-i tanh(g) c + (1-f) c^2 / 2 in each direction: descent with weight decay",
+            ),
+        ),
+        Point(
+            "bigru",
+            {"cell": "gru", "heads": 1, "expand": 1.0, "norm": "none", "causal": False},
+            "bidirectional recurrent networks (Schuster and Paliwal 1997), of GRUs (1409.0473)",
+            "with a projection of both directions back to the model's width",
+            view=View(
+                "h = z h + (1-z) tanh(x_n + r (U h + b)), from the first token on and the last",
+                "one weighted average per channel and direction",
+                "exponentially, at a rate per channel that token and last output choose",
+                "(1-z) (h - n)^2 / 2 in each direction, one step of gradient descent",
             ),
         ),
         Point(
