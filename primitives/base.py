@@ -28,8 +28,10 @@ class GeneError(ValueError):
 class BidirectionalError(ValueError):
     """A state is asked of an operator that reads the whole sequence. The message is a sentence."""
 
-    def __init__(self) -> None:
-        super().__init__("a bidirectional operator reads the whole sequence: it has no state")
+    def __init__(
+        self, sentence: str = "a bidirectional operator reads the whole sequence: it has no state"
+    ) -> None:
+        super().__init__(sentence)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -115,6 +117,9 @@ class Site:
     """The number of slots."""
     borrows: bool = False
     """The operator takes the key-value features of an earlier slot and makes none of its own."""
+    normalised: bool = False
+    """The backbone is nGPT's (arXiv 2410.01131): an operator that the paper has takes its scalings
+    of queries and keys, or of the hidden channels."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +185,29 @@ class State:
 
     def clone(self) -> State:
         return State(self.length, {k: t.clone() for k, t in self.tensors.items()})
+
+
+@dataclass
+class Carry:
+    """What operators of different slots hand on within one call, between operators whose configs
+    name the same `carries` (see `carries`).
+
+    It is no state: a call of one token hands on the same as the call of the whole sequence does.
+    """
+
+    earlier: list[Tensor] | None = None
+    """What the nearest earlier slot with such an operator handed on; None for the first."""
+    later: list[Tensor] = field(default_factory=list)
+    """What this operator hands on."""
+
+
+def carries(config: Config) -> str | None:
+    """The name of what an operator hands on to the next operator that has the same name for it.
+
+    None for nothing. Modules of the others take `carry` as a keyword in all their forward methods.
+    """
+    name: str | None = getattr(config, "carries", None)
+    return name
 
 
 class Operator(nn.Module):

@@ -1,4 +1,4 @@
-"""Position encodings: rotary (RoPE), linear biases (ALiBi), a learned table."""
+"""Position encodings: rotary (RoPE), linear biases (ALiBi), sinusoids, a learned table."""
 
 from __future__ import annotations
 
@@ -8,27 +8,36 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.letters import H
+from .rope import PLAIN, RopeForm
 
 LEARNED_POSITIONS = 2048
 """Tokens that a learned table serves."""
+
+ADDED = ("learned", "sinusoidal")
+"""Positions that are added to the embeddings: nothing is left to do inside an operator."""
 
 
 class ContextError(ValueError):
     """A call goes beyond what a table of positions or a cache holds."""
 
 
-_TABLES: dict[tuple[int, float, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+_TABLES: dict[tuple[int, float, RopeForm, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 _MOST_TABLES = 16
 
 
 def rope_tables(
-    head_dim: int, theta: float, end: int, dtype: torch.dtype, device: torch.device
+    channels: int,
+    theta: float,
+    end: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    form: RopeForm = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """cos and signed sin of RoPE's angles, (tokens, 1, K), for at least the tokens before `end`.
 
     Kept for the next call and shared by all layers: at a long context they are as large as a cache.
     """
-    key = (head_dim, theta, dtype, device)
+    key = (channels, theta, form, dtype, device)
     held = _TABLES.get(key)
     if held is not None and held[0].shape[0] >= end:
         return held
@@ -36,9 +45,8 @@ def rope_tables(
     # A table made in inference mode could not be used in training later.
     with torch.inference_mode(False), torch.no_grad():
         # float64 on the CPU: the angle of a late token loses its digits in float32.
-        pairs = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-        angle = torch.outer(torch.arange(tokens, dtype=torch.float64), theta**-pairs)
-        cos, sin = angle.cos(), angle.sin()
+        angle = form.angles(channels, theta, tokens)
+        cos, sin = angle.cos() * form.temperature, angle.sin() * form.temperature
         tables = (
             torch.cat((cos, cos), -1).unsqueeze(1).to(device, dtype),
             torch.cat((-sin, sin), -1).unsqueeze(1).to(device, dtype),
@@ -52,24 +60,28 @@ def rope_tables(
 class Rotary(nn.Module):
     """RoPE (Su et al., arXiv 2104.09864) in the half-split layout that Llama uses.
 
-    Channel i and channel i + K/2 of a head of width K form a pair, which token p turns by the angle
-    p * theta^(-2i/K). `head_dim` must be even.
+    Channel i and channel i + K/2 of a head's first K channels form a pair, which token p turns by
+    the angle p * theta^(-2i/K), or as `form` says; channels beyond K pass. K must be even.
     """
 
-    def __init__(self, head_dim: int, theta: float) -> None:
+    def __init__(self, channels: int, theta: float, form: RopeForm = PLAIN) -> None:
         super().__init__()
-        if head_dim % 2:
-            raise ValueError(f"RoPE turns pairs of channels: a head width of {head_dim} is odd")
-        self.head_dim = head_dim
+        if channels % 2:
+            raise ValueError(f"RoPE turns pairs of channels: a head width of {channels} is odd")
+        self.channels = channels
         self.theta = theta
+        self.form = form
 
     def forward(self, x: Tensor, start: int) -> Tensor:
         """x (B, T, heads, K), whose first token has position `start`, turned; same shape, dtype."""
+        if x.shape[-1] > self.channels:
+            turned = self.forward(x[..., : self.channels], start)
+            return torch.cat((turned, x[..., self.channels :]), -1)
         end = start + x.shape[1]
         dtype = torch.promote_types(x.dtype, torch.float32)
-        cos, sin = rope_tables(self.head_dim, self.theta, end, dtype, x.device)
+        cos, sin = rope_tables(self.channels, self.theta, end, dtype, x.device, self.form)
         # A roll by half a head swaps the two channels of every pair.
-        swapped = torch.roll(x, self.head_dim // 2, -1)
+        swapped = torch.roll(x, self.channels // 2, -1)
         return torch.addcmul(x * cos[start:end], swapped, sin[start:end]).to(x.dtype)
 
 
@@ -116,3 +128,53 @@ class LearnedPosition(nn.Module):
                 f"{start + tokens}"
             )
         return self.table[start : start + tokens]
+
+
+_SINUSOIDS: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+
+
+def sinusoids(tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(tokens, D) of sin(p w_i), i < D/2, and then cos(p w_i), with w_i = 10000^(-2i/D).
+
+    The functions of Vaswani et al. (arXiv 1706.03762, 3.5) in the order of Transformer-XL's code;
+    with an odd width there is one sine more. Kept for the next call.
+    """
+    key = (width, dtype, device)
+    held = _SINUSOIDS.get(key)
+    if held is None or held.shape[0] < tokens:
+        length = max(256, 1 << (tokens - 1).bit_length())
+        with torch.inference_mode(False), torch.no_grad():
+            rate = 10000.0 ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+            angle = torch.outer(torch.arange(length, dtype=torch.float64), rate)
+            held = torch.cat((angle.sin(), angle.cos()), -1)[:, :width].to(device, dtype)
+        if len(_SINUSOIDS) >= _MOST_TABLES:
+            _SINUSOIDS.clear()
+        _SINUSOIDS[key] = held
+    return held[:tokens]
+
+
+class SinusoidalPosition(nn.Module):
+    """Fixed sinusoids, added to the embeddings (Vaswani et al., arXiv 1706.03762, 3.5).
+
+    The paper multiplies the embeddings by sqrt(D); here the sinusoids are divided by it, which is
+    the same up to the scale of the stream.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.register_buffer("kind", torch.empty(0), persistent=False)
+
+    kind: Tensor
+
+    def forward(self, tokens: int, start: int = 0) -> Tensor:
+        """The vectors, (T, D), of `tokens` positions from `start` on."""
+        table = sinusoids(start + tokens, self.width, self.kind.dtype, self.kind.device)
+        return table[start:] * self.width**-0.5
+
+
+def added_position(kind: str, width: int) -> LearnedPosition | SinusoidalPosition | None:
+    """What a backbone adds to its embeddings, with fresh weights; None where nothing."""
+    if kind == "learned":
+        return LearnedPosition(width)
+    return SinusoidalPosition(width) if kind == "sinusoidal" else None

@@ -23,6 +23,7 @@ from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextCon
 
 from mendel.primitives.attention.attend import attend
 from mendel.primitives.attention.axes import configure_plain as configure
+from mendel.primitives.attention.distance import Alibi, DistanceForm
 from mendel.primitives.attention.keyvalues import KeyValues
 from mendel.primitives.attention.layer import Attention, AttentionConfig
 from mendel.primitives.attention.patterns import Pattern
@@ -341,7 +342,8 @@ def test_attention_over_a_sequence_is_its_formula(name: str) -> None:
     torch.manual_seed(0)
     shapes = ((heads, 6), (groups, 6), (groups, 6))
     given = [torch.randn(2, n, tokens, k, dtype=torch.float64).requires_grad_() for n, k in shapes]
-    slopes = torch.rand(heads, dtype=torch.float64) if alibi else None
+    position = Alibi(DistanceForm("alibi", 6 * heads, heads, 6)).double() if alibi else None
+    slopes = None if position is None else position.slopes
     q, k, v = given
     rows = []
     for t in range(tokens):
@@ -357,7 +359,7 @@ def test_attention_over_a_sequence_is_its_formula(name: str) -> None:
     expected = torch.stack(rows, 2)
     weight = torch.randn_like(expected)
     wanted = torch.autograd.grad((expected * weight).sum(), given)
-    out = attend(q, KeyValues(k, v), Pattern(window), Score(), slopes)
+    out = attend(q, KeyValues(k, v), Pattern(window), Score(), position)
     got = torch.autograd.grad((out * weight).sum(), given)
     assert error(out, expected) < 1e-12
     for ours, theirs in zip(got, wanted, strict=True):

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mendel.primitives.attention.axes import configure_plain as configure
 from mendel.primitives.attention.axes import lending_problem
+from mendel.primitives.attention.distance import Alibi
 from mendel.primitives.attention.keyvalues import KeyValues
 from mendel.primitives.attention.layer import Attention, AttentionConfig, BorrowingAttention
 from mendel.primitives.base import Gene, Site, State
@@ -100,8 +101,9 @@ def _own_layer(lender: Attention, b: BorrowingAttention, source: Tensor, x: Tens
             first = 0 if config.pattern.window is None else max(0, t - config.pattern.window + 1)
             k, v = kv.keys[:, g, first : t + 1], kv.values[:, g, first : t + 1]
             scores = (k @ q[:, t, h, :, None]).squeeze(-1) / config.head_dim**0.5
-            if b.slopes is not None:
-                scores = scores - b.slopes[h] * (t - torch.arange(first, t + 1))
+            if b.position is not None:
+                assert isinstance(b.position, Alibi)
+                scores = scores - b.position.slopes[h] * (t - torch.arange(first, t + 1))
             out[:, t, h] = (scores.softmax(-1).unsqueeze(1) @ v).squeeze(1)
     y = out.flatten(2)
     if config.gate == "sigmoid":

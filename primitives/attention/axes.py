@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from ..base import Axis, Config, Gene, GeneError, Liv, Point, Primitive, Site
-from ..genes import choice, flag, number, whole
+from ..genes import choice, flag, whole
 from .layer import AttentionConfig
 from .patterns import Pattern, pattern_problem
-from .weigh import Score
+from .position_axes import POSITION_AXES, POSITION_POINTS, distance_of, position_of, rope_of
+from .score_axes import SCORE_AXES, SCORE_POINTS, score_form
 
 
 def lending_problem(lender: object, borrower: object) -> str | None:
@@ -21,7 +22,7 @@ def lending_problem(lender: object, borrower: object) -> str | None:
             return f"only attention {role} keys and values"
     assert isinstance(lender, AttentionConfig)
     assert isinstance(borrower, AttentionConfig)
-    for name in ("kv_heads", "head_dim", "position", "rope_theta"):
+    for name in ("kv_heads", "head_dim", "position", "rope_theta", "rope_channels", "rope_form"):
         theirs, ours = getattr(lender, name), getattr(borrower, name)
         if theirs != ours:
             return f"the lender has {name}={theirs} and the borrower {name}={ours}; they must agree"
@@ -49,21 +50,20 @@ def configure_plain(site: Site, genes: Mapping[str, Gene]) -> AttentionConfig:
                 f"heads={heads} does not divide the width {site.width}; set head_dim as well"
             )
         head_dim = site.width // heads
-    position = choice(genes, "position")
-    if position == "inherit":
-        # A learned table is added to the embeddings: nothing is left to do inside.
-        position = "none" if site.position == "learned" else site.position
-    if position == "rope" and head_dim % 2:
-        raise GeneError(f"head_dim={head_dim} is odd, and rope turns pairs of channels")
+    position = position_of(site, genes)
+    channels, theta, form = rope_of(genes, position, head_dim)
     return AttentionConfig(
         width=site.width,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         pattern=Pattern(whole(genes, "window") if choice(genes, "pattern") == "sliding" else None),
-        score=Score(),
+        score=score_form(site, genes, heads, kv_heads),
         position=position,
-        rope_theta=number(genes, "rope_theta") if position == "rope" else 0.0,
+        rope_theta=theta,
+        rope_channels=channels,
+        rope_form=form,
+        distance=distance_of(genes, position, site.width, heads, head_dim),
         qk_norm=flag(genes, "qk_norm"),
         gate=choice(genes, "gate"),
         bias=flag(genes, "bias"),
@@ -103,13 +103,7 @@ ATTENTION = Primitive(
             low=1.0,
             search=(32, 64, 128, 256),
         ),
-        Axis(
-            "position",
-            "inherit",
-            "position encoding inside; inherit takes the backbone's (learned: none inside)",
-            options=("inherit", "rope", "alibi", "none"),
-        ),
-        Axis("rope_theta", 10000.0, "base of RoPE's wavelengths", low=1.0),
+        *POSITION_AXES,
         Axis(
             "qk_norm",
             False,
@@ -124,6 +118,7 @@ ATTENTION = Primitive(
             options=("none", "sigmoid"),
             search=("none", "sigmoid"),
         ),
+        *SCORE_AXES,
         Axis("bias", False, "biases on the projections", options=(False, True)),
         Axis(
             "conv",
@@ -141,6 +136,8 @@ ATTENTION = Primitive(
         Point("gqa", {"kv_heads": 2}, "Ainslie et al., arXiv 2305.13245"),
         Point("mqa", {"kv_heads": 1}, "Shazeer, arXiv 1911.02150"),
         Point("swa", {"pattern": "sliding"}, "Longformer 2004.05150; Mistral 2310.06825"),
+        *SCORE_POINTS,
+        *POSITION_POINTS,
     ),
     lends=True,
     lending_problem=lending_problem,

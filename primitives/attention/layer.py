@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from ...kernels.letters import BTD
 from ...kernels.short_conv import short_conv
-from ..base import Cost, Operator, State
+from ..base import Carry, Cost, Operator, State
 from ..norm import make_norm
-from ..position import Rotary, alibi_slopes
+from ..position import Rotary
+from ..rope import RopeForm
 from .attend import attend
+from .distance import DistanceForm
 from .keyvalues import KeyValues, extend, init_cache
 from .patterns import Pattern
-from .weigh import Score
+from .score import ScoreForm, Scoring
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,16 @@ class AttentionConfig:
     kv_heads: int
     head_dim: int
     pattern: Pattern
-    score: Score
+    score: ScoreForm
     position: str
-    """rope, alibi or none."""
+    """rope, rope3d, alibi, t5, xl or none."""
     rope_theta: float
     """0 where the position is not rope."""
+    rope_channels: int
+    """The channels of a head that are turned; 0 where the position is not rope."""
+    rope_form: RopeForm
+    distance: DistanceForm | None
+    """The biases of alibi, t5 and xl."""
     qk_norm: bool
     gate: str
     bias: bool
@@ -63,6 +70,11 @@ class AttentionConfig:
     def gate_width(self) -> int:
         return self.query_width if self.gate == "sigmoid" else 0
 
+    @property
+    def carries(self) -> str | None:
+        """Raw scores can be added where heads and pattern agree."""
+        return f"scores {self.heads} {self.pattern}" if self.score.residual else None
+
     def cost(self, context: int, dtype: torch.dtype) -> Cost:
         entry = self.mixed_width + self.gate_width
         products = self.width * (entry + self.query_width)
@@ -72,12 +84,16 @@ class AttentionConfig:
             params += entry + self.width
         if self.qk_norm:
             params += self.head_dim if self.borrows else 2 * self.head_dim
-        scores = 2 * self.query_width * self.pattern.seen(context)
+        params += self.score.params(self.heads, self.head_dim, self.width)
+        seen = self.pattern.seen(context)
+        flops = 2.0 * (products + conv + 2 * self.query_width * seen)
+        flops += self.score.flops(self.heads, self.width, seen)
+        if self.distance is not None:
+            params += self.distance.params
+            flops += self.distance.flops(seen)
         cached = self.kv_width * self.pattern.kept(context)
         taps = max(self.conv - 1, 0) * self.mixed_width
-        return Cost(
-            params, params, 2.0 * (products + conv + scores), (cached + taps) * dtype.itemsize
-        )
+        return Cost(params, params, flops, (cached + taps) * dtype.itemsize)
 
     def build(self) -> Attention | BorrowingAttention:
         return BorrowingAttention(self) if self.borrows else Attention(self)
@@ -85,8 +101,6 @@ class AttentionConfig:
 
 class _Common(nn.Module):
     """What attention has with keys and values of its own or another's: queries, scores, output."""
-
-    slopes: Tensor | None
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__()
@@ -96,10 +110,11 @@ class _Common(nn.Module):
         self.entry = nn.Linear(config.width, entry, bias=config.bias)
         self.exit = nn.Linear(config.query_width, config.width, bias=config.bias)
         self.q_norm = make_norm("rmsnorm", config.head_dim) if config.qk_norm else None
-        rope = config.position == "rope"
-        self.rotary = Rotary(config.head_dim, config.rope_theta) if rope else None
-        slopes = torch.tensor(alibi_slopes(config.heads)) if config.position == "alibi" else None
-        self.register_buffer("slopes", slopes, persistent=False)
+        self.rotary: Rotary | None = None
+        if config.rope_channels:
+            self.rotary = Rotary(config.rope_channels, config.rope_theta, config.rope_form)
+        self.position = None if config.distance is None else config.distance.build()
+        self.scoring = Scoring(config.score, config.heads, config.head_dim, config.width)
 
     def _project(self, x: BTD) -> tuple[Tensor, Tensor | None]:
         """Queries, keys and values (B, T, mixed_width), and the gate's input."""
@@ -109,13 +124,26 @@ class _Common(nn.Module):
         mixed, gate = torch.split(mixed, [self.config.mixed_width, self.config.gate_width], -1)
         return mixed, gate
 
-    def _output(self, q: Tensor, kv: KeyValues, gate: Tensor | None) -> BTD:
-        """q is (B, T, H, K), normed and turned."""
-        out = attend(q.transpose(1, 2), kv, self.config.pattern, self.config.score, self.slopes)
-        out = out.transpose(1, 2).flatten(2)
+    def _output(
+        self, x: BTD, q: Tensor, kv: KeyValues, gate: Tensor | None, carry: Carry | None
+    ) -> BTD:
+        """x are the call's tokens, q is (B, T, H, K), normed and turned."""
+        if self.position is not None:
+            q = self.position.queries(q)
+        score = self.scoring.begin(carry)
+        out = attend(q.transpose(1, 2), kv, self.config.pattern, score, self.position)
+        out = self.scoring.finish(out.transpose(1, 2), x).flatten(2)
         if gate is not None:
             out = out * torch.sigmoid(gate)
         return self.exit(out)  # type: ignore[no-any-return]
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """What the last training call adds to the loss; None where no head is routed."""
+        return self.scoring.auxiliary_loss()
+
+    def statistics(self) -> dict[str, list[float]]:
+        """`head_load`: the share of tokens that chose each routed head, where heads are routed."""
+        return {"head_load": self.scoring.load()} if self.config.score.active else {}
 
 
 class Attention(_Common, Operator):
@@ -133,12 +161,14 @@ class Attention(_Common, Operator):
             self.taps = nn.Parameter(torch.empty(config.mixed_width, config.conv))
             nn.init.uniform_(self.taps, -(config.conv**-0.5), config.conv**-0.5)
 
-    def forward(self, x: BTD, state: State | None = None) -> tuple[BTD, State | None]:
-        y, state, _ = self.forward_lending(x, state)
+    def forward(
+        self, x: BTD, state: State | None = None, carry: Carry | None = None
+    ) -> tuple[BTD, State | None]:
+        y, state, _ = self.forward_lending(x, state, carry)
         return y, state
 
     def forward_lending(
-        self, x: BTD, state: State | None = None
+        self, x: BTD, state: State | None = None, carry: Carry | None = None
     ) -> tuple[BTD, State | None, KeyValues]:
         """As `forward`, and the keys and values that later slots may use in the same call.
 
@@ -166,7 +196,7 @@ class Attention(_Common, Operator):
             kv = KeyValues(kv.keys, kv.values, state.length)
             kv = extend(state, kv, config.pattern)
             state = State(state.length + x.shape[1], tensors)
-        return self._output(q, kv, gate), state, kv
+        return self._output(x, q, kv, gate, carry), state, kv
 
     def init_state(
         self, batch: int, context: int, dtype: torch.dtype, device: torch.device | str = "cpu"
@@ -192,4 +222,4 @@ class BorrowingAttention(_Common):
             q = self.q_norm(q)
         if self.rotary is not None:
             q = self.rotary(q, kv.end - x.shape[1])
-        return self._output(q, kv, gate)
+        return self._output(x, q, kv, gate, None)
