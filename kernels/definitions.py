@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .inner_model import NORM_EPS, Inner, Learned, Norm
 from .letters import BD, BDN, BH, BHKV, BTD, BTH, BTHK, BTHV, BTN, DN, DW, HK, D, H
 
 LARGEST = 80.0
@@ -247,6 +248,72 @@ def short_conv(
         past = window[1:]
     final = torch.stack(past, dim=-1) if past else state
     return torch.stack(out, dim=1).to(x.dtype), final.to(state.dtype)
+
+
+def long_conv(u: BTD, taps: Tensor) -> BTD:
+    """y_t = sum_{s <= t} taps_{t-s} u_s, with taps (D, S)."""
+    dtype = accumulator(u, taps)
+    x, h = u.to(dtype), taps.to(dtype)
+    out = []
+    for t in range(u.shape[1]):
+        seen = (h[:, t - s] * x[:, s] for s in range(t + 1))
+        out.append(sum(seen, start=torch.zeros((), dtype=dtype)))
+    return torch.stack(out, dim=1).to(u.dtype)
+
+
+def learned_memory(
+    q: BTHK | None,
+    k: BTHK,
+    v: BTHV,
+    rate: BTH,
+    log_momentum: BTH | None,
+    log_keep: BTH | None,
+    inner: Inner,
+    norm: Norm,
+    learned: Learned,
+    batch_tokens: int,
+    phase: int,
+) -> tuple[BTHV | None, Learned]:
+    """S_t = eta_t S_{t-1} - theta_t grad l(W_start; k_t, v_t), W_t = (1 - alpha_t) W_{t-1} + S_t,
+    o_t = f(q_t; W_t); the gradient is autograd's."""
+    dtype = learned.now[0].dtype
+
+    def f(weights: list[Tensor], x: Tensor) -> Tensor:
+        h = x
+        for i, weight in enumerate(weights):
+            if i:
+                h = F.gelu(h) if inner.activation == "gelu" else F.silu(h)
+            if inner.bias:
+                h = torch.cat((h, torch.ones_like(h[..., :1])), -1)
+            h = torch.einsum("bhi,bhio->bho", h, weight)
+        if inner.form == "residual-norm":
+            assert norm is not None
+            h = F.layer_norm(h, h.shape[-1:], eps=NORM_EPS) * norm[0] + norm[1]
+        return h if inner.form == "plain" else x + h
+
+    out = []
+    outer = torch.is_grad_enabled()
+    for t in range(k.shape[1]):
+        with torch.enable_grad():
+            start = [w if w.requires_grad else w.detach().requires_grad_() for w in learned.start]
+            error = f(start, k[:, t].to(dtype)) - v[:, t].to(dtype)
+            loss = inner.scale * error.square().sum()
+            slopes = torch.autograd.grad(loss, start, create_graph=outer)
+        theta = rate[:, t, :, None, None].to(dtype)
+        steps = [-theta * slope for slope in slopes]
+        if learned.momentum is not None and log_momentum is not None:
+            eta = log_momentum[:, t, :, None, None].to(dtype).exp()
+            steps = [eta * s + step for s, step in zip(learned.momentum, steps, strict=True)]
+        kept = torch.ones_like(theta)
+        if log_keep is not None:
+            kept = log_keep[:, t, :, None, None].to(dtype).exp()
+        now = [kept * w + s for w, s in zip(learned.now, steps, strict=True)]
+        learned = Learned(learned.start, now, None if learned.momentum is None else steps)
+        if q is not None:
+            out.append(f(now, q[:, t].to(dtype)))
+        if (phase + t + 1) % batch_tokens == 0:
+            learned = learned.next_batch()
+    return (torch.stack(out, dim=1) if q is not None else None), learned
 
 
 def _initial(
