@@ -19,7 +19,7 @@ question: which hybrid recalls best for the fewest cache bytes?
 space:
   width: 64                    # a number, or a list to choose from
   depth: [4, 6]                # least and most slots
-  position: [rope]             # also: alibi, learned, none
+  position: [rope]             # also: alibi, t5, xl, learned, sinusoidal, none
   norm: [rmsnorm]              # also: layernorm
   placement: [pre]             # also: post, sandwich
   operators:                   # what a slot may hold; lists are ranges of an axis

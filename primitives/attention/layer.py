@@ -139,11 +139,13 @@ class _Common(nn.Module):
 
     def auxiliary_loss(self) -> Tensor | None:
         """What the last training call adds to the loss; None where no head is routed."""
-        return self.scoring.auxiliary_loss()
+        router = self.scoring.heads
+        return None if router is None else router.auxiliary_loss()
 
     def statistics(self) -> dict[str, list[float]]:
         """`head_load`: the share of tokens that chose each routed head, where heads are routed."""
-        return {"head_load": self.scoring.load()} if self.config.score.active else {}
+        router = self.scoring.heads
+        return {} if router is None else {"head_load": router.load()}
 
 
 class Attention(_Common, Operator):
