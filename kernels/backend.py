@@ -1,7 +1,8 @@
 """The one place that chooses how an operator is computed.
 
-Three backends: `definition`, the loop over time that reads like the formula; `chunked`, few large
-torch operations, for training and decoding anywhere; `triton`, kernels for CUDA devices. The choice
+Four backends: `definition`, the loop over time that reads like the formula (attention: the whole
+mask); `chunked`, few large torch operations, for training and decoding anywhere; `triton`, kernels
+for CUDA devices; `flex`, torch's FlexAttention, which compiles a mask for them. The choice
 depends on the operator, its form, its size and the device, never on whether something failed: a
 pinned backend that cannot serve a case raises `Unsupported`.
 """
@@ -22,9 +23,9 @@ from torch import Tensor
 P = ParamSpec("P")
 R = TypeVar("R")
 
-Backend = Literal["definition", "chunked", "triton"]
+Backend = Literal["definition", "chunked", "triton", "flex"]
 
-OPS = ("matrix_state", "delta_rule", "diagonal_scan", "short_conv")
+OPS = ("matrix_state", "delta_rule", "diagonal_scan", "short_conv", "long_conv", "attention")
 
 TRITON_FORMS: dict[str, tuple[str | None, ...]] = {
     "matrix_state": ("none", "fixed", "scalar"),
@@ -32,6 +33,9 @@ TRITON_FORMS: dict[str, tuple[str | None, ...]] = {
     "diagonal_scan": (None,),
 }
 """The operators and their forms that have Triton kernels, in `triton_<operator>.py`."""
+
+FLEX_FORMS: dict[str, tuple[str, ...]] = {"attention": ("pattern",)}
+"""The operators and their forms that FlexAttention serves."""
 
 WIDEST = 256
 """The widest head (K or V) of the Triton kernels."""
@@ -63,6 +67,8 @@ def backends(op: str, form: str | None = None) -> tuple[Backend, ...]:
         raise ValueError(f"no operator is named {op!r}; there are {', '.join(OPS)}")
     if HAS_TRITON and form in TRITON_FORMS.get(op, ()):
         return ("definition", "chunked", "triton")
+    if form in FLEX_FORMS.get(op, ()):
+        return ("definition", "chunked", "flex")
     return ("definition", "chunked")
 
 

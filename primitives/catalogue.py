@@ -11,7 +11,10 @@ from .channel.mlp import MLP
 from .channel.moe import MOE
 from .channel.rwkv import RWKV_CHANNEL
 from .convolution.conv_block import CONV_BLOCK
+from .convolution.fourier import FOURIER
+from .convolution.hyena import HYENA
 from .convolution.short_conv import SHORT_CONV
+from .convolution.token_mlp import TOKEN_MLP
 from .diagonal.gated_scan import GATED_SCAN
 from .diagonal.hgrn import HGRN
 from .diagonal.rwkv4 import RWKV4
@@ -38,6 +41,9 @@ CATALOGUE: tuple[Primitive, ...] = (
     NONLINEAR,
     SHORT_CONV,
     CONV_BLOCK,
+    HYENA,
+    FOURIER,
+    TOKEN_MLP,
     MLP,
     MOE,
     RWKV_CHANNEL,
