@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from . import pareto
@@ -171,14 +171,10 @@ def trial_dict(trial: TrialRecord) -> dict[str, Any]:
 
 
 def _measurement_dict(found: Measurement) -> Mapping[str, Any]:
-    return {
-        "median": found.median,
-        "low": found.low,
-        "high": found.high,
-        "unit": found.unit,
-        "repeats": found.repeats,
-        "conditions": found.conditions,
-    }
+    shown = asdict(found)
+    if not found.slots:
+        del shown["slots"]
+    return shown
 
 
 def outcome_dict(found: Outcome) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from ..primitives.base import DTYPES
 from ..proxies.train import TimeLimit
 from .objectives import Goal, LatencySettings, TrainingSettings
 from .records import Measurement
+from .slot_times import REPEATS, slot_times
 
 WARM_UP = 3
 LEAST_REPEATS, MOST_REPEATS = 10, 50
@@ -59,8 +60,8 @@ def _one(
     settings, name = goal.settings, goal.objective.name
     if isinstance(settings, LatencySettings):
         run = _prefill if name == "latency_prefill" else _decode
-        times = run(genome, settings, device, deadline)
-        return _summary(times, "s", settings, device)
+        times, slots = run(genome, settings, device, deadline)
+        return {**_summary(times, "s", settings, device), "slots": slots}
     assert isinstance(settings, TrainingSettings)
     if name == "peak_memory":
         samples, how = _peak_memory(genome, settings, device, deadline)
@@ -81,7 +82,8 @@ def _tokens(genome: Genome, batch: int, length: int, device: torch.device) -> to
 
 def _prefill(
     genome: Genome, settings: LatencySettings, device: torch.device, deadline: float | None
-) -> list[float]:
+) -> tuple[list[float], list[float]]:
+    """Seconds of the repeats, and of each slot."""
     model = _stand_alone(genome, settings.dtype, device).eval()
     tokens = _tokens(genome, settings.batch, settings.context, device)
     state = None
@@ -91,25 +93,33 @@ def _prefill(
         state = model.init_state(settings.batch, settings.context)
 
     with torch.inference_mode():
-        return _repeat(lambda: model(tokens, state), device, deadline, prepare)
+        times = _repeat(lambda: model(tokens, state), device, deadline, prepare)
+
+        def whole() -> None:
+            prepare()
+            model(tokens, state)
+
+        return times, slot_times(model, whole, device)
 
 
 def _decode(
     genome: Genome, settings: LatencySettings, device: torch.device, deadline: float | None
-) -> list[float]:
-    """One token after another; the context grows by one per repeat."""
+) -> tuple[list[float], list[float]]:
+    """One token after another; the context grows by one per repeat. As `_prefill`."""
     model = _stand_alone(genome, settings.dtype, device).eval()
     tokens = _tokens(genome, settings.batch, settings.context, device)
     token = tokens[:, :1]
     with torch.inference_mode():
-        state = model.init_state(settings.batch, settings.context + WARM_UP + MOST_REPEATS)
+        state = model.init_state(
+            settings.batch, settings.context + WARM_UP + MOST_REPEATS + REPEATS
+        )
         _, state = model(tokens, state)
 
         def step() -> None:
             nonlocal state
             _, state = model(token, state)
 
-        return _repeat(step, device, deadline)
+        return _repeat(step, device, deadline), slot_times(model, step, device)
 
 
 def _training_step(
@@ -124,6 +134,7 @@ def _training_step(
         loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        model.after_step()
         optimizer.zero_grad(set_to_none=True)
 
     return step

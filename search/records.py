@@ -34,6 +34,8 @@ class Measurement:
     repeats: int
     conditions: dict[str, Any] = field(default_factory=dict)
     """device, backend, dtype, batch, context, threads, versions."""
+    slots: list[float] = field(default_factory=list)
+    """Of a latency: the median seconds of each slot; empty for other quantities."""
 
 
 @dataclass(frozen=True)

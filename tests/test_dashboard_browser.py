@@ -146,6 +146,7 @@ def test_a_trial_shows_everything_and_its_notation_is_copied(visit: Visit, runs:
     visit.open("/trial?run=made&trial=17", "main h2")
     trial = open_run(runs / "made").trial(17)
     visit.sees("Lineage")
+    assert visit.text("main .wrap table tbody tr").split("\t")[-1] == "250 µs"
     for text in ("recall", "copying", "Scores per rung", "crossover: slots cut at 1", "baseline"):
         assert text in visit.text()
     visit.page.wait_for_selector("#trial-curve-1 .js-plotly-plot .lines")

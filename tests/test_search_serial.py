@@ -187,6 +187,9 @@ def test_measured_objectives(tmp_path: Path) -> None:
         assert trial.values[label] == one.median
         conditions = {"device", "backend", "dtype", "batch", "threads", "versions"}
         assert conditions <= set(one.conditions)
+        slots = len(trial.genome["slots"]) if label.startswith("latency") else 0
+        assert len(one.slots) == slots
+        assert all(seconds > 0 for seconds in one.slots)
     assert found["latency_decode"].conditions["context"] == 32
     assert found["latency_decode"].unit == "s"
     assert found["throughput"].median > 0

@@ -260,7 +260,25 @@ def _curves(watch: Watch, watched: Watched, designs: Sequence[Design]) -> list[C
             if (last := [r for r in rows if "loss" in r])
         ]
         said = f"{proxy}: last training losses: {'; '.join(ends)}. Dashed: baselines."
-        plots.append(plot(f"compare-curve-{i}", figure, said))
+        plots.append(plot(f"compare-curve-{i}", figure, said, _losses(proxy, lines)))
     if not plots:
         return [*parts, sentence("None of these designs has learning curves in this run.")]
     return [*parts, html.Div(plots, className="two")]
+
+
+def _losses(proxy: str, lines: Mapping[str, Sequence[Mapping[str, float]]]) -> Child:
+    """The curves of a proxy as numbers, at up to twenty of the steps."""
+    losses = {
+        name: {int(row["step"]): row["loss"] for row in rows if "loss" in row}
+        for name, rows in lines.items()
+    }
+    steps = sorted({step for by_step in losses.values() for step in by_step})
+    chosen = steps[:: max(1, len(steps) // 20)]
+    body = [
+        [
+            f"{step:,}",
+            *(f"{by[step]:.4f}" if step in by else "" for by in losses.values()),
+        ]
+        for step in chosen
+    ]
+    return table(f"Training loss on {proxy}", ["step", *losses], body, ["step", *losses])

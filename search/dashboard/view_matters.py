@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from dash import Dash, Input, Output, State, html
@@ -10,9 +10,9 @@ from dash.exceptions import PreventUpdate
 
 from ..effects import LEAST_TRIALS, MOST_TRIALS, TRAITS, Effect, effects, judged, spearman, traits
 from ..figures_effects import importance_figure, parallel_figure, trait_figure
-from ..front import label_text
+from ..front import Outcome, label_text, shown_value
 from ..objectives import Goal
-from .parts import Child, choice, control, note, plot, sentence, table
+from .parts import Child, choice, control, note, plot, sentence, table, trial_link
 from .watch import Watch, Watched
 
 METHOD = (
@@ -21,6 +21,8 @@ METHOD = (
     "rank correlation. The trials come from a search that went where results were good: these are "
     "hints for the next study, not effects of causes."
 )
+MOST_LISTED = 60
+"""Rows of the table of parallel coordinates."""
 _CACHE: dict[tuple[str, int, str], list[Effect]] = {}
 _MOST_CACHED = 32
 
@@ -139,9 +141,36 @@ def _body(watched: Watched, label: str, trait: str) -> list[Child]:
             parallel_figure(found, coordinates, names),
             f"One line per trial, {drawn} trials at most (of more than {MOST_TRIALS} an even "
             "choice); on an objective's axis better is up. Thick: the front; dashed: baselines.",
+            _coordinates(watched, found, coordinates, names),
         )
     )
     return parts
+
+
+def _coordinates(
+    watched: Watched, found: Outcome, rows: Mapping[int, Mapping[str, float]], names: Sequence[str]
+) -> Child:
+    """The lines of the parallel coordinates as numbers: the front, then baselines, then others."""
+    front = {t.number for t in found.front}
+    drawn = [t for t in judged(watched.run.trials) if t.number in rows]
+    drawn.sort(key=lambda t: (t.number not in front, t.baseline is None, t.number))
+    body = [
+        [
+            trial_link(watched.key, t.number, t.baseline),
+            "yes" if t.number in front else "",
+            *(f"{rows[t.number][name]:.4g}" for name in names),
+            *(shown_value(t, goal) for goal in found.goals),
+        ]
+        for t in drawn[:MOST_LISTED]
+    ]
+    labels = [label_text(g) for g in found.goals]
+    more = "" if len(drawn) <= MOST_LISTED else f" ({MOST_LISTED} of {len(drawn):,})"
+    return table(
+        f"Traits and objectives per trial, the front first{more}",
+        ["trial", "front", *names, *labels],
+        body,
+        [*names, *labels],
+    )
 
 
 def correlation(

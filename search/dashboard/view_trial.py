@@ -13,8 +13,8 @@ from ...primitives.base import Cost
 from ..export import FORMATS
 from ..figures import curves_figure
 from ..front import label_text, shown_value
-from ..records import TrialRecord
-from ..units import bytes_text, count_text, duration_text
+from ..records import Measurement, TrialRecord
+from ..units import bytes_text, count_text, duration_text, value_text
 from .designs import UNREADABLE, Design, context_of, design, lineage, outline_of, slots_of
 from .downloads import export_files
 from .parts import (
@@ -167,11 +167,17 @@ def _architecture(watched: Watched, found: Design, trial: TrialRecord) -> list[C
     content = outline_of(watched, found)
     counted = content.cost
     slots = slots_of(found.genome)
-    rows = [[str(i), slots[i], *_costs(cost)] for i, cost in enumerate(counted.slots)]
-    rows.append(["", "embedding", *_costs(counted.embedding)])
-    rows.append(["", "head", *_costs(counted.head)])
-    rows.append(["", "whole model", *_costs(counted.total)])
-    columns = ["slot", "operators", "parameters", "active", "cache", "FLOPs per token"]
+    clocks = _clocks(trial, len(slots))
+    rows = [
+        [str(i), slots[i], *_costs(cost), *(value_text(m.slots[i], "s") for m in clocks.values())]
+        for i, cost in enumerate(counted.slots)
+    ]
+    rest = [""] * len(clocks)
+    rows.append(["", "embedding", *_costs(counted.embedding), *rest])
+    rows.append(["", "head", *_costs(counted.head), *rest])
+    whole = [value_text(m.median, m.unit) for m in clocks.values()]
+    rows.append(["", "whole model", *_costs(counted.total), *whole])
+    columns = ["slot", "operators", "parameters", "active", "cache", "FLOPs per token", *clocks]
     downloads: list[Child] = []
     for kind in FORMATS:
         address = href("/export", run=watched.key, trial=trial.number, format=kind)
@@ -221,7 +227,20 @@ def _architecture(watched: Watched, found: Design, trial: TrialRecord) -> list[C
             columns[2:],
             ["operators"],
         ),
+        note(
+            "Latency of a slot: the median within whole calls, by clocks that cost a little "
+            "themselves; the whole model is timed without them."
+            if clocks
+            else "No latency was measured in this trial; a study with an objective "
+            "latency_decode or latency_prefill measures it for every slot."
+        ),
     ]
+
+
+def _clocks(trial: TrialRecord, slots: int) -> dict[str, Measurement]:
+    """The latencies of the last rung whose time is known slot by slot, by objective."""
+    found = trial.rungs[-1].measurements if trial.rungs else {}
+    return {label: m for label, m in found.items() if len(m.slots) == slots}
 
 
 def _costs(cost: Cost) -> list[str]:
