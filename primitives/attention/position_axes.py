@@ -37,7 +37,7 @@ POSITION_AXES: tuple[Axis, ...] = (
         options=("none", "linear", "ntk", "yarn"),
     ),
     Axis("rope_factor", 4.0, "how much longer rope_scaling makes the context", low=1.0, high=1e4),
-    Axis("rope_original", 2048, "tokens of the context that yarn starts from", low=1.0, high=1e8),
+    Axis("rope_original", 2048, "tokens of the context that yarn starts from", low=8.0, high=1e8),
     Axis("grid_height", 8, "rope3d: rows of patches in a frame", low=1.0, high=65536.0),
     Axis("grid_width", 8, "rope3d: patches in a row", low=1.0, high=65536.0),
     Axis("t5_buckets", 32, "t5: buckets of distances, each with a bias", low=2.0, high=4096.0),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import torch
@@ -16,6 +17,9 @@ CAUSAL: Final = "causal"
 """In place of a bias: the queries are all positions of the keys, and each sees those up to it."""
 
 Bias = Tensor | Literal["causal"] | None
+
+Biases = Callable[[Tensor, Tensor], Tensor]
+"""`DistanceBias`: from distances (T, S) and queries (B, H, T, K) to biases (1 or B, H, T, S)."""
 
 
 class Tape:
@@ -56,6 +60,13 @@ class Score:
     difference: Tensor | None = None
     """Of the weights of heads h and h + H/2: first - difference * second; a scalar."""
     tape: Tape | None = None
+
+    def heads(self, first: int, last: int) -> Score:
+        """That of the heads first..last-1, where heads are weighed apart from each other.
+
+        Mixed and paired heads cannot be (`ScoreForm.joins_heads`).
+        """
+        return self if self.sinks is None else replace(self, sinks=self.sinks[first:last])
 
     @property
     def fused(self) -> bool:
