@@ -22,7 +22,7 @@ from mendel.search.study import Study, load_study
 QUESTION = "which <script>alert(1)</script> & 'hybrid' wins?"
 
 STUDY = """\
-name: made
+name: {name}
 question: "{question}"
 space:
   width: 32
@@ -38,7 +38,7 @@ proxies:
   recall: {{task: in-context-recall, steps: 40, batch: 4, length: 16}}
   copying: {{task: selective-copying, steps: 40, batch: 4}}
 objectives: [quality, {{cache_bytes: {{context: 4096, dtype: bf16}}}}, latency_decode]
-search: {{trials: {trials}, population: 8, rungs: [0.25, 1.0]}}
+search: {{trials: {trials}, population: 8, rungs: [0.25, 1.0], {search}}}
 baselines: [transformer++, mamba2, striped, jamba-like, griffin-like]
 runs: "{runs}"
 """
@@ -46,17 +46,23 @@ runs: "{runs}"
 REASON = "it needs more than the limit of 1 GiB: <b>tried</b> to allocate 3 GiB"
 
 
-def made_study(folder: Path, trials: int = 20) -> Study:
-    """The study of `made_run`, whose run will stand in `folder`/made."""
-    path = folder / "made.yaml"
-    path.write_text(STUDY.format(question=QUESTION, trials=trials, runs=folder), encoding="utf-8")
+def made_study(
+    folder: Path, trials: int = 20, name: str = "made", seed: int = 0, sampler: str = "evolution"
+) -> Study:
+    """The study of `made_run`, whose run will stand in `folder`/`name`."""
+    path = folder / f"{name}.yaml"
+    search = f"seed: {seed}, sampler: {sampler}"
+    text = STUDY.format(name=name, question=QUESTION, trials=trials, search=search, runs=folder)
+    path.write_text(text, encoding="utf-8")
     return load_study(path, check=False)
 
 
-def made_run(folder: Path, trials: int = 20) -> Path:
+def made_run(
+    folder: Path, trials: int = 20, name: str = "made", seed: int = 0, sampler: str = "evolution"
+) -> Path:
     """A finished run with trials of every state; the path of its folder."""
-    study = made_study(folder, trials)
-    rng = np.random.default_rng(5)
+    study = made_study(folder, trials, name, seed, sampler)
+    rng = np.random.default_rng(5 + seed)
     with RunStore.open(study) as store:
         write_json(store.folder / "provenance.json", {"versions": {"torch": "2.13"}, "seed": 0})
         store.tell("begin", study=study.name, workers=1)

@@ -111,6 +111,36 @@ def _choose(visit: Visit, control: str, option: str) -> None:
     ).first.click()
 
 
+def test_seeds_give_bars_and_random_search_stands_beside(browser: Browser, tmp_path: Path) -> None:
+    """The baselines were trained by both seeds; their bars span what the two runs scored."""
+    made_run(tmp_path, trials=12)
+    made_run(tmp_path, trials=12, name="other-seed", seed=1)
+    made_run(tmp_path, trials=12, name="by-chance", seed=2, sampler="random")
+    runs = {name: open_run(tmp_path / name) for name in ("made", "other-seed")}
+    with serving(tmp_path) as served:
+        for visit in _visit(browser, served.address):
+            visit.open("/front?run=made", "#front-graph .point")
+            visit.page.wait_for_selector("#front-graph .yerror", state="attached")
+            bars = visit.page.evaluate(
+                """() => {
+                  const found = {};
+                  for (const t of document.querySelector('#front-graph .js-plotly-plot')._fullData)
+                    (t.customdata || []).forEach((n, i) => {
+                      const bar = t.error_y;
+                      if (bar && bar.array) found[n] = [t.y[i] - bar.arrayminus[i],
+                                                        t.y[i] + bar.array[i]];
+                    });
+                  return found;
+                }"""
+            )
+            scores = sorted(run.trial(1).values["quality"] for run in runs.values())
+            assert bars["1"] == pytest.approx(scores)
+            assert scores[0] < scores[1]
+            visit.sees("by-chance is random search with the same study.", "#front-progress")
+            assert "by-chance" in visit.text("#volume-trials")
+            visit.shoot("front-seeds")
+
+
 def test_a_point_is_selected_and_its_detail_shows(visit: Visit, runs: Path) -> None:
     visit.open("/front?run=made", "#front-graph .point")
     found = open_run(runs / "made")
@@ -179,6 +209,7 @@ def test_designs_are_compared(visit: Visit) -> None:
     assert "not trained" in visit.text("#compare-body")
     assert visit.page.locator(".pictures img").count() == 3
     visit.page.wait_for_selector("#compare-curve-0 .lines")
+    assert "Training loss on recall" in visit.page.content()
     visit.shoot("compare")
     visit.page.fill("#compare-add", "20")
     visit.page.press("#compare-add", "Enter")
@@ -191,6 +222,7 @@ def test_what_matters_and_the_budget(visit: Visit) -> None:
     _choose(visit, "matters-goal", "cache_bytes ↓")
     visit.sees("Importance for cache_bytes")
     visit.page.wait_for_selector("#matters-parallel .lines")
+    assert "Traits and objectives per trial" in visit.page.content()
     visit.shoot("matters")
     visit.page.click("nav >> text=Budget")
     visit.page.wait_for_selector("#budget-rungs .bars")
