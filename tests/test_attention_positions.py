@@ -416,10 +416,10 @@ def test_added_positions_leave_nothing_inside() -> None:
 
 
 def test_genes_without_effect_leave_the_config_equal() -> None:
-    assert config({"rope_factor": 9.0, "rope_original": 7, "grid_width": 3}) == config({})
+    assert config({"rope_factor": 9.0, "rope_original": 70, "grid_width": 3}) == config({})
     assert config({"rope_scaling": "yarn", "rope_factor": 1.0}) == config({})
     linear: dict[str, Gene] = {"rope_scaling": "linear"}
-    assert config({**linear, "rope_original": 7}) == config(linear)
+    assert config({**linear, "rope_original": 70}) == config(linear)
     none: dict[str, Gene] = {"position": "none"}
     assert config({**none, "rope_scaling": "yarn", "rope_fraction": 0.5}) == config(none)
     assert config({**none, "t5_buckets": 7}) == config(none)

@@ -58,11 +58,11 @@ class DistanceBias(nn.Module):
         """The queries (B, T, H, K) of the content's scores."""
         return q
 
-    def forward(self, distance: Tensor, q: Tensor, first: int = 0) -> Tensor:
+    def forward(self, distance: Tensor, q: Tensor) -> Tensor:
         """The biases (1 or B, H, T, S) at `distance` (T, S), query minus key position.
 
-        q (B, H, T, K) are what `queries` returned, from head `first` on. A negative distance is
-        one that the caller hides; its bias is finite.
+        q (B, H, T, K) are what `queries` returned. A negative distance is one that the caller
+        hides; its bias is finite.
         """
         raise NotImplementedError
 
@@ -76,8 +76,8 @@ class Alibi(DistanceBias):
         super().__init__(form)
         self.register_buffer("slopes", torch.tensor(alibi_slopes(form.heads)), persistent=False)
 
-    def forward(self, distance: Tensor, q: Tensor, first: int = 0) -> Tensor:
-        return alibi_bias(self.slopes[first : first + q.shape[1]], distance)[None]
+    def forward(self, distance: Tensor, q: Tensor) -> Tensor:
+        return alibi_bias(self.slopes, distance)[None]
 
 
 class T5Buckets(DistanceBias):
@@ -98,9 +98,8 @@ class T5Buckets(DistanceBias):
         far = exact + (grown * (self.form.buckets - exact)).long()
         return torch.where(near < exact, near, far.clamp_max(self.form.buckets - 1))
 
-    def forward(self, distance: Tensor, q: Tensor, first: int = 0) -> Tensor:
-        table = self.table[:, first : first + q.shape[1]]
-        return F.embedding(self.buckets(distance), table).permute(2, 0, 1)[None]
+    def forward(self, distance: Tensor, q: Tensor) -> Tensor:
+        return F.embedding(self.buckets(distance), self.table).permute(2, 0, 1)[None]
 
 
 class TransformerXl(DistanceBias):
@@ -120,16 +119,15 @@ class TransformerXl(DistanceBias):
     def queries(self, q: Tensor) -> Tensor:
         return q + self.content
 
-    def forward(self, distance: Tensor, q: Tensor, first: int = 0) -> Tensor:
-        heads, width = q.shape[1], self.form.head_dim
-        shift = (self.content - self.position)[first : first + heads]
-        q = (q - shift[:, None]) * width**-0.5
+    def forward(self, distance: Tensor, q: Tensor) -> Tensor:
+        heads, width = self.form.heads, self.form.head_dim
+        q = (q - (self.content - self.position)[:, None]) * width**-0.5
         distance = distance.clamp_min(0)
         table = sinusoids(int(distance.max()) + 1, self.form.width, q.dtype, q.device)
-        weight = self.relative.weight[first * width : (first + heads) * width]
         if q.shape[2] == 1:
-            scores: Tensor = (q @ weight.unflatten(0, (heads, width))).flatten(1, 2)
-            return (scores @ table[distance[0]].mT).unsqueeze(2)
-        relative = F.linear(table, weight).unflatten(1, (heads, width))
+            weight = self.relative.weight.unflatten(0, (heads, width))
+            scores: Tensor = (q @ weight).flatten(1, 2) @ table[distance[0]].mT
+            return scores.unsqueeze(2)
+        relative = self.relative(table).unflatten(1, (heads, width))
         scores = q @ relative.permute(1, 2, 0)
         return scores.gather(3, distance.expand(*q.shape[:2], -1, -1))

@@ -38,11 +38,6 @@ class ScoreForm:
     shared: int = 0
     """The first heads, which are always on beside routed ones."""
 
-    @property
-    def joins_heads(self) -> bool:
-        """The weights of one head depend on another's, so all heads see the same keys."""
-        return self.talking or self.kind == "differential"
-
     def params(self, heads: int, head_dim: int, width: int) -> int:
         total = sum(router_rows(heads, self.active, self.shared)) * width
         total += heads if self.sinks else 0

@@ -64,7 +64,7 @@ class Score:
     def heads(self, first: int, last: int) -> Score:
         """That of the heads first..last-1, where heads are weighed apart from each other.
 
-        Mixed and paired heads cannot be (`ScoreForm.joins_heads`).
+        Mixed and paired heads cannot be.
         """
         return self if self.sinks is None else replace(self, sinks=self.sinks[first:last])
 
