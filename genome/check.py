@@ -11,7 +11,7 @@ import torch
 
 from ..primitives.base import Gene
 from ..primitives.catalogue import CATALOGUE, resolve
-from .genome import JOINS, NORMS, PLACEMENTS, POSITIONS, Genome
+from .genome import JOINS, NORMS, PLACEMENTS, POSITIONS, RESIDUALS, Genome
 from .model import build
 from .notation import show
 from .sample import sample_valid
@@ -38,7 +38,7 @@ class Disagreement:
     difference: float
     exact: float
     routed: bool
-    """It holds experts: a router's choice between two that tie within a rounding can flip."""
+    """It holds experts or routed heads: a router's choice between two that tie within a rounding can flip."""
 
     @property
     def cause(self) -> Literal["rounding", "tie", "fault"]:
@@ -68,6 +68,7 @@ def wide_space(width: int = 32) -> Space:
             "position": list(POSITIONS),
             "norm": list(NORMS),
             "placement": list(PLACEMENTS),
+            "residual": list(RESIDUALS),
             "tied": [True, False],
             "join": list(JOINS),
             "operators": operators,
@@ -116,5 +117,5 @@ def disagreements(count: int, seed: int = 0) -> Iterator[Disagreement | None]:
             yield None
         else:
             exact = difference(genome, index, torch.float64)
-            routed = any(hasattr(m, "route") for m in build(genome).operators)
+            routed = any(hasattr(m, "route") for m in build(genome).modules())
             yield Disagreement(show(genome), index, found, exact, routed)

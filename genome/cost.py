@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from ..primitives.base import Cost
-from ..primitives.norm import norm_params
 from ..primitives.position import LearnedPosition
 from .genome import Genome
+from .residual import block_params, embedding_params, head_params
 from .resolve import configs
 
 DEFAULT_CONTEXT = 4096
@@ -18,7 +18,7 @@ DEFAULT_CONTEXT = 4096
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Costs per slot (norms included), of the embedding with positions, of the head, and whole.
+    """Costs per slot (norms and scalings included), of the embedding, of the head, and whole.
 
     Weights that several slots share count in the first of them and nowhere else; so do the bytes of
     shared keys and values. FLOPs count wherever the work is done.
@@ -44,15 +44,11 @@ def cost(
     Raises GeneError with a sentence where the genome is invalid.
     """
     alphabet = genome.vocab if vocab is None else vocab
-    norm = norm_params(genome.norm, genome.width)
-    per_slot = 2 if genome.placement == "sandwich" else 1
     seen: set[str] = set()
     slots = []
     for slot, row in zip(genome.slots, configs(genome), strict=True):
-        norms = per_slot
-        if len(slot.branches) > 1 and slot.join == "norm":
-            norms += len(slot.branches)
-        total = Cost(norms * norm, norms * norm)
+        own = block_params(genome, slot)
+        total = Cost(own, own)
         for op, config in zip(slot.branches, row, strict=True):
             part = config.cost(context, dtype)
             if op.weights is not None and op.weights in seen:
@@ -62,11 +58,12 @@ def cost(
             total += part
         slots.append(total)
     table = alphabet * genome.width
-    positions = LearnedPosition.params(genome.width) if genome.position == "learned" else 0
-    final = 0 if genome.placement == "post" else norm
-    untied = 0 if genome.tied else table
+    entry = table + embedding_params(genome)
+    if genome.position == "learned":
+        entry += LearnedPosition.params(genome.width)
+    exit_ = (0 if genome.tied else table) + head_params(genome, alphabet)
     return ModelCost(
         tuple(slots),
-        Cost(table + positions, table + positions),
-        Cost(untied + final, untied + final, 2.0 * table),
+        Cost(entry, entry),
+        Cost(exit_, exit_, 2.0 * table),
     )

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..primitives.base import Gene, Site
+from ..primitives.norm import NORMS as NORMS
 
 GRAMMAR_VERSION = 1
 """Written into every genome file; a file of a newer version is refused with a sentence."""
 
-POSITIONS = ("rope", "alibi", "learned", "none")
-NORMS = ("rmsnorm", "layernorm")
+POSITIONS = ("rope", "alibi", "t5", "xl", "learned", "sinusoidal", "none")
 PLACEMENTS = ("pre", "post", "sandwich")
+RESIDUALS = ("plain", "layerscale", "rezero", "reversible", "ngpt")
 JOINS = ("mean", "sum", "norm")
 BYTE_VOCAB = 256
 
@@ -53,13 +54,17 @@ class Slot:
 
 @dataclass(frozen=True)
 class Genome:
-    """Width, slots in order, position, norm and tying. See `rules.py` for what makes it valid."""
+    """Width, slots in order, position, norm, residual form and tying.
+
+    `residual.py` says what norm and residual form do, `rules.py` what makes a genome valid.
+    """
 
     width: int
     slots: tuple[Slot, ...]
     position: str = "rope"
     norm: str = "rmsnorm"
     placement: str = "pre"
+    residual: str = "plain"
     tied: bool = True
     vocab: int = BYTE_VOCAB
     """The alphabet that costs are counted with; a proxy with its own alphabet replaces it."""
@@ -76,4 +81,8 @@ class Genome:
         borrows = op.features is not None and any(
             other.features == op.features and (i, j) < (slot, branch) for i, j, other in self.ops()
         )
-        return Site(self.width, self.position, slot, len(self.slots), borrows)
+        return self.site_at(slot, len(self.slots), borrows)
+
+    def site_at(self, slot: int, depth: int, borrows: bool = False) -> Site:
+        """A site in a backbone of that depth with this genome's header."""
+        return Site(self.width, self.position, slot, depth, borrows, self.residual == "ngpt")

@@ -6,7 +6,9 @@ from typing import Literal
 
 import networkx as nx
 
+from ..primitives.position import ADDED
 from .genome import Genome
+from .residual import final_norm, join_of, norms_of
 from .resolve import configs, groups, primitive_of
 
 NodeKind = Literal["embedding", "norm", "operator", "join", "add", "head"]
@@ -17,8 +19,9 @@ def graph(genome: Genome) -> nx.DiGraph[str]:
     """The genome's graph. Raises GeneError where an operator cannot be built.
 
     Nodes have a `kind` of NodeKind and, but for embedding and head, a `slot` from 0 (the norm
-    before the head stands in slot `len(genome.slots)`). The embedding says whether positions are
-    `learned`: the one position encoding that the operators' configs do not hold. An operator
+    before the head, and the sum of a reversible backbone's two streams, stand in slot
+    `len(genome.slots)`). The embedding says which position encoding is `added` to it: what the
+    operators' configs do not hold. An operator
     `slot3.1` has its `config`, its `op` and its `primitive` (the row's name); a join its `join`.
     Edges have a `kind`: `data` follows the residual stream; `weights` goes from the first operator
     of a group to each other one, `features` from the lender to each borrower.
@@ -29,14 +32,21 @@ def graph(genome: Genome) -> nx.DiGraph[str]:
         kind="embedding",
         vocab=genome.vocab,
         width=genome.width,
-        learned=genome.position == "learned",
+        added=genome.position if genome.position in ADDED else "none",
     )
-    stream = "embedding"
+    norm, placement = norms_of(genome)
+    sphere = genome.residual == "ngpt"
+    before = norm != "none" and placement != "post"
+    within = sphere or placement == "sandwich"
+    after = sphere or placement == "post"
+    # A reversible backbone has two streams, which its slots change in turn.
+    streams = ["embedding"] * (2 if genome.residual == "reversible" else 1)
     for i, (slot, row) in enumerate(zip(genome.slots, configs(genome), strict=True)):
         name = f"slot{i}"
-        source = stream
-        if genome.placement != "post":
-            source = _after(made, stream, f"{name}.norm", "norm", i)
+        own, read = i % len(streams), (i + 1) % len(streams)
+        source = streams[read]
+        if before:
+            source = _after(made, source, f"{name}.norm", "norm", i)
         outputs = []
         for j, (op, config) in enumerate(zip(slot.branches, row, strict=True)):
             outputs.append(f"{name}.{j}")
@@ -52,17 +62,19 @@ def graph(genome: Genome) -> nx.DiGraph[str]:
         result = outputs[0]
         if len(outputs) > 1:
             result = f"{name}.join"
-            made.add_node(result, kind="join", slot=i, join=slot.join)
+            made.add_node(result, kind="join", slot=i, join=join_of(genome, slot))
             for output in outputs:
                 made.add_edge(output, result, kind="data")
-        if genome.placement == "sandwich":
+        if within:
             result = _after(made, result, f"{name}.norm2", "norm", i)
         added = _after(made, result, f"{name}.add", "add", i)
-        made.add_edge(stream, added, kind="data")
-        stream = added
-        if genome.placement == "post":
-            stream = _after(made, stream, f"{name}.norm", "norm", i)
-    if genome.placement != "post":
+        made.add_edge(streams[own], added, kind="data")
+        streams[own] = _after(made, added, f"{name}.norm", "norm", i) if after else added
+    stream = streams[0]
+    if len(streams) > 1:
+        stream = _after(made, stream, "add", "add", len(genome.slots))
+        made.add_edge(streams[1], stream, kind="data")
+    if final_norm(genome) != "none":
         stream = _after(made, stream, "norm", "norm", len(genome.slots))
     made.add_node("head", kind="head", vocab=genome.vocab, tied=genome.tied)
     made.add_edge(stream, "head", kind="data")

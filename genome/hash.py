@@ -13,6 +13,7 @@ import networkx as nx
 from ..primitives.base import Config
 from .genome import Genome
 from .graph import graph
+from .residual import norms_of
 
 VERSION = 1
 """Changes where the same genome gets another hash."""
@@ -23,7 +24,8 @@ def canonical_hash(genome: Genome) -> str:
 
     What does not change the model does not change the hash: a point's name against the same axes,
     genes without effect, the order of parallel branches, the names of sharing labels, a label that
-    one operator alone has, the join of a single branch, a position encoding that nothing uses.
+    one operator alone has, the join of a single branch, a position encoding that nothing uses, the
+    placement of norms where there are none.
     """
     return _digest((VERSION, canonical_form(genome)))[:16]
 
@@ -32,8 +34,10 @@ def canonical_form(genome: Genome) -> tuple[Any, ...]:
     """The genome's graph as nested tuples that are equal for equal models only."""
     made = graph(genome)
     ends = made.nodes["embedding"]
-    head = (ends["width"], ends["vocab"], ends["learned"], genome.tied)
-    norms = (genome.norm, genome.placement)
+    head = (ends["width"], ends["vocab"], ends["added"], genome.tied)
+    norms: tuple[str, ...] = norms_of(genome)
+    if genome.residual != "plain":
+        norms = (*norms, genome.residual)
     joins: dict[int, str] = {}
     sharing = _Sharing(made)
     for node, data in made.nodes(data=True):

@@ -7,7 +7,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..primitives.base import Axis, Gene
-from .genome import BYTE_VOCAB, JOINS, NORMS, PLACEMENTS, POSITIONS, Genome, Slot
+from .genome import (
+    BYTE_VOCAB,
+    JOINS,
+    NORMS,
+    PLACEMENTS,
+    POSITIONS,
+    RESIDUALS,
+    Genome,
+    Slot,
+)
 
 DEFAULT_WIDTH = 64
 MAX_SLOTS = 512
@@ -18,6 +27,7 @@ HEADER: tuple[Axis, ...] = (
     Axis("position", "rope", "the backbone's position encoding", options=POSITIONS),
     Axis("norm", "rmsnorm", "kind of every norm of the backbone", options=NORMS),
     Axis("placement", "pre", "where the norms of a slot stand", options=PLACEMENTS),
+    Axis("residual", "plain", "how a slot's output joins the stream", options=RESIDUALS),
     Axis("tied", True, "the head uses the embedding's weights", options=(False, True)),
     Axis("vocab", BYTE_VOCAB, "size of the alphabet", low=2, high=1 << 24),
 )

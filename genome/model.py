@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..primitives.base import State
-from ..primitives.norm import make_norm
-from ..primitives.position import LearnedPosition
-from .genome import Genome, Op, Slot
-from .resolve import configs
+from ..primitives.base import Carry, State, carries
+from ..primitives.norm import dyt_alpha, make_norm
+from ..primitives.position import added_position
+from ..primitives.sphere import Scale, stream_maps, to_sphere
+from .genome import Genome, Op
+from .residual import Entry, SlotBlock, final_norm
+from .resolve import configs, require_causal
+from .reversible import plain_streams, reversible_streams
 
 
 @dataclass
@@ -30,42 +34,12 @@ class ModelState:
         return ModelState(self.length, [[s.clone() for s in row] for row in self.operators])
 
 
-class SlotBlock(nn.Module):
-    """The norms of one slot and the join of its branches; the operators stand in the model.
-
-    pre (2002.04745): x + f(norm(x)). post (1706.03762): norm(x + f(x)).
-    sandwich (2105.13290): x + norm(f(norm(x))).
-    """
-
-    def __init__(self, slot: Slot, width: int, norm: str, placement: str) -> None:
-        super().__init__()
-        self.placement = placement
-        self.join = slot.join if len(slot.branches) > 1 else "mean"
-        self.before = make_norm(norm, width) if placement != "post" else nn.Identity()
-        self.after = make_norm(norm, width) if placement != "pre" else nn.Identity()
-        norms = len(slot.branches) if self.join == "norm" else 0
-        self.branch_norms = nn.ModuleList(make_norm(norm, width) for _ in range(norms))
-
-    def combine(self, outputs: list[Tensor]) -> Tensor:
-        """Branch outputs, each (B, T, D), to one."""
-        if len(outputs) == 1:
-            return outputs[0]
-        if self.join == "norm":
-            outputs = [norm(y) for norm, y in zip(self.branch_norms, outputs, strict=True)]
-        total = torch.stack(outputs).sum(0)
-        return total if self.join == "sum" else total / len(outputs)
-
-    def residual(self, x: Tensor, y: Tensor) -> Tensor:
-        if self.placement == "post":
-            return self.after(x + y)  # type: ignore[no-any-return]
-        return x + self.after(y)  # type: ignore[no-any-return]
-
-
 class LanguageModel(nn.Module):
-    """A causal language model over an alphabet of `vocab` tokens.
+    """A language model over an alphabet of `vocab` tokens, causal where its genome is.
 
     `forward(tokens, state)`: tokens (B, T) of int64 to logits (B, T, vocab). With `state=None` it
-    is the training form. With a state from `init_state` the call continues the sequences.
+    is the training form. With a state from `init_state` the call continues the sequences. Call
+    `after_step` after every step of an optimiser.
     """
 
     def __init__(self, genome: Genome, vocab: int | None = None) -> None:
@@ -74,10 +48,11 @@ class LanguageModel(nn.Module):
         self.vocab = genome.vocab if vocab is None else vocab
         width = genome.width
         self.embedding = nn.Embedding(self.vocab, width)
-        self.position = LearnedPosition(width) if genome.position == "learned" else None
+        self.position = added_position(genome.position, width)
         # Operators that share weights are one module that stands once in the list.
         self.operators = nn.ModuleList()
         self.plan: list[list[int]] = []
+        self._carries: list[list[str | None]] = []
         shared: dict[str, int] = {}
         for slot, row in zip(genome.slots, configs(genome), strict=True):
             indices = []
@@ -90,19 +65,22 @@ class LanguageModel(nn.Module):
                         shared[op.weights] = index
                 indices.append(index)
             self.plan.append(indices)
-        self.blocks = nn.ModuleList(
-            SlotBlock(slot, width, genome.norm, genome.placement) for slot in genome.slots
-        )
-        # With norms after the addition the stream is normed already.
-        self.final_norm = (
-            nn.Identity() if genome.placement == "post" else make_norm(genome.norm, width)
-        )
+            self._carries.append([carries(config) for config in row])
+        self.entry = Entry(genome)
+        self.blocks = nn.ModuleList(SlotBlock(genome, slot) for slot in genome.slots)
+        self.final_norm = make_norm(final_norm(genome), width, dyt_alpha(width, False))
         self.head = None if genome.tied else nn.Linear(width, self.vocab, bias=False)
         # Logits of order 1 from a normed stream, whether the two tables are one or not.
         nn.init.normal_(self.embedding.weight, std=width**-0.5)
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=width**-0.5)
         self._borrowers = _borrowers(genome)
+        self._loss: Tensor | None = None
+        sphere = genome.residual == "ngpt"
+        self.logit_scale = Scale(self.vocab, 1.0, width**-0.5) if sphere else None
+        self.on_sphere: dict[str, int] = self._find_stream_maps() if sphere else {}
+        """With `residual=ngpt` the weights whose vectors have length 1, with the vectors' axis."""
+        self._to_sphere()
 
     def forward(
         self, tokens: Tensor, state: ModelState | None = None
@@ -110,25 +88,72 @@ class LanguageModel(nn.Module):
         x = self.embedding(tokens)
         if self.position is not None:
             x = x + self.position(tokens.shape[1], 0 if state is None else state.length)
-        lent: dict[str, Any] = {}
-        for i, (slot, block) in enumerate(zip(self.genome.slots, self.blocks, strict=True)):
-            assert isinstance(block, SlotBlock)
-            normed = block.before(x)
-            outputs = []
-            for j, op in enumerate(slot.branches):
-                operator = self.operators[self.plan[i][j]]
-                held = None if state is None else state.operators[i][j]
-                y, new = self._call(operator, op, (i, j), normed, held, lent)
-                outputs.append(y)
-                if state is not None:
-                    state.operators[i][j] = new
-            x = block.residual(x, block.combine(outputs))
+        x = self.entry(x)
+        if self.genome.residual == "reversible":
+            x = self._reversible(x, state)
+        else:
+            lent: dict[str, Any] = {}
+            for i, block in enumerate(self.blocks):
+                assert isinstance(block, SlotBlock)
+                x = block.residual(x, self._slot(i, block, x, state, lent))
         x = self.final_norm(x)
         table = self.embedding.weight if self.head is None else self.head.weight
         logits = F.linear(x, table)
+        if self.logit_scale is not None:
+            logits = logits * self.logit_scale()
         if state is not None:
             state.length += tokens.shape[1]
         return logits, state
+
+    def _slot(
+        self, i: int, block: SlotBlock, x: Tensor, state: ModelState | None, lent: dict[str, Any]
+    ) -> Tensor:
+        """The joined output of a slot's operators over the stream x (B, T, D)."""
+        x = block.read(x)
+        outputs = []
+        handed: dict[str, list[list[Tensor]]] = {}
+        for j, op in enumerate(self.genome.slots[i].branches):
+            operator = self.operators[self.plan[i][j]]
+            held = None if state is None else state.operators[i][j]
+            label = self._carries[i][j]
+            carry = None if label is None else Carry(lent.get(label))
+            y, new = self._call(operator, op, (i, j), x, held, lent, carry)
+            outputs.append(y)
+            if state is not None:
+                state.operators[i][j] = new
+            if label is not None and carry is not None:
+                handed.setdefault(label, []).append(carry.later)
+        for label, branches in handed.items():
+            # Of parallel operators the mean, because their order means nothing.
+            lent[label] = [
+                torch.stack(parts).mean(0) if len(parts) > 1 else parts[0]
+                for parts in zip(*branches, strict=True)
+            ]
+        return block.combine(outputs)
+
+    def _reversible(self, x: Tensor, state: ModelState | None) -> Tensor:
+        """The mean of the two streams after the last slot."""
+        dtype = x.dtype
+
+        def step(i: int, stream: Tensor, lent: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+            block = self.blocks[i]
+            assert isinstance(block, SlotBlock)
+            y = block.added(self._slot(i, block, stream.to(dtype), state, lent))
+            # A module that stands in several slots says in the last what it adds to the loss.
+            later = {index for indices in self.plan[i + 1 :] for index in indices}
+            own = [self.operators[k] for k in dict.fromkeys(self.plan[i]) if k not in later]
+            return y, _auxiliary_loss(own) if state is None else None
+
+        start = x.to(torch.promote_types(dtype, torch.float32))
+        if state is None and torch.is_grad_enabled():
+            parts = [
+                [block, *(self.operators[index] for index in indices)]
+                for block, indices in zip(self.blocks, self.plan, strict=True)
+            ]
+            one, two, self._loss = reversible_streams(step, parts, start)
+        else:
+            one, two, self._loss = plain_streams(step, len(self.plan), start)
+        return ((one + two) / 2).to(dtype)
 
     def _call(
         self,
@@ -138,16 +163,18 @@ class LanguageModel(nn.Module):
         x: Tensor,
         state: State | None,
         lent: dict[str, Any],
+        carry: Carry | None = None,
     ) -> tuple[Tensor, Any]:
         if at in self._borrowers:
             y = operator.forward_borrowing(x, lent[self._borrowers[at]])  # type: ignore[operator]
             if state is not None:
                 state.length += x.shape[1]
             return y, state
+        more = {} if carry is None else {"carry": carry}
         if op.features is not None:
-            y, new, lent[op.features] = operator.forward_lending(x, state)  # type: ignore[operator]
+            y, new, lent[op.features] = operator.forward_lending(x, state, **more)  # type: ignore[operator]
             return y, new
-        y, new = operator(x, state)
+        y, new = operator(x, state, **more)
         return y, new
 
     def init_state(
@@ -157,7 +184,10 @@ class LanguageModel(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> ModelState:
-        """Empty states with room for `context` tokens; dtype and device default to the weights'."""
+        """Empty states with room for `context` tokens; dtype and device default to the weights'.
+
+        Raises BidirectionalError where an operator reads later tokens."""
+        require_causal(self.genome)
         weight = self.embedding.weight
         dtype = weight.dtype if dtype is None else dtype
         device = weight.device if device is None else device
@@ -173,21 +203,64 @@ class LanguageModel(nn.Module):
             rows.append(row)
         return ModelState(0, rows)
 
-    def balance(self) -> None:
-        """Let every operator that keeps a balance (experts) adjust it; call after each step."""
+    def after_step(self) -> None:
+        """To be called after every step of an optimiser: operators that keep a balance (experts)
+        adjust it, and nGPT's weights return to the sphere."""
         for operator in self.operators:
             adjust = getattr(operator, "balance", None)
             if adjust is not None:
                 adjust()
+        self._loss = None
+        self._to_sphere()
+
+    def _to_sphere(self) -> None:
+        to_sphere({self.get_parameter(name): dim for name, dim in self.on_sphere.items()})
+
+    def _find_stream_maps(self) -> dict[str, int]:
+        """The weights on the sphere: tables, and what operators read and write the stream by."""
+        found = {"embedding.weight": 1}
+        if self.position is not None:
+            found |= {f"position.{name}": 1 for name, _ in self.position.named_parameters()}
+        if self.head is not None:
+            found["head.weight"] = 1
+        lent: dict[str, Any] = {}
+        for i, j, op in self.genome.ops():
+            index = self.plan[i][j]
+            operator = self.operators[index]
+
+            def call(
+                x: Tensor, operator: nn.Module = operator, op: Op = op, i: int = i, j: int = j
+            ) -> Tensor:
+                return self._call(operator, op, (i, j), x, None, lent)[0]
+
+            operator.eval()
+            maps = stream_maps(operator, call, self.genome.width)
+            operator.train()
+            found |= {f"operators.{index}.{name}": dim for name, dim in maps.items()}
+        return found
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """What operators add to the loss of the last training call; None for nothing."""
+        if self.genome.residual == "reversible":
+            # An operator's own tensors have no graph there: its call is made again backwards.
+            return self._loss
+        return _auxiliary_loss(self.operators)
 
     def statistics(self) -> dict[str, Any]:
         """What operators report of themselves, such as the load of experts, by place."""
-        return {
-            f"slot{i}.{j}": report()
+        reports = {
+            f"slot{i}.{j}": getattr(self.operators[index], "statistics", None)
             for i, indices in enumerate(self.plan)
             for j, index in enumerate(indices)
-            if (report := getattr(self.operators[index], "statistics", None)) is not None
         }
+        said = {place: report() for place, report in reports.items() if report is not None}
+        return {place: report for place, report in said.items() if report}
+
+
+def _auxiliary_loss(operators: Iterable[nn.Module]) -> Tensor | None:
+    asked = [getattr(operator, "auxiliary_loss", None) for operator in operators]
+    losses = [loss for ask in asked if ask is not None and (loss := ask()) is not None]
+    return torch.stack(losses).sum() if losses else None
 
 
 def _borrowers(genome: Genome) -> dict[tuple[int, int], str]:

@@ -8,8 +8,9 @@
     operator = name [ "(" gene { "," gene } ")" ]
     gene     = axis "=" value | "weights" "=" "@" label | "features" "=" "@" label
 
-The braces hold the header genes (width, position, norm, placement, tied, vocab). Whitespace has no
-meaning. Example: `{width=64} [mamba2 > swiglu]*3 > [gqa(kv_heads=2) | mamba2] > moe(experts=8)`.
+The braces hold the header genes (width, position, norm, placement, residual, tied, vocab).
+Whitespace has no meaning. Example:
+`{width=64} [mamba2 > swiglu]*3 > [gqa(kv_heads=2) | mamba2] > moe(experts=8)`.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from ..primitives.catalogue import CATALOGUE, find
 from .genome import Genome, Op, Slot
 from .header import HEADER, JOIN, MAX_SLOTS, header_of, with_header
 from .resolve import fits, genes_of, own_genes, primitive_of
-from .rules import space_violations, violations
+from .rules import cannot_reverse, space_violations, violations
 from .sharing import prune
 from .space import CANDIDATES, Ranges, SlotSpace, Space, first_buildable, make_op
 
@@ -36,7 +36,19 @@ def _header(genome: Genome, space: Space | None) -> Genome:
     for axis, value in zip(HEADER, header_of(genome).values(), strict=True):
         value = _valid(axis, value)
         values[axis.name] = _closest(value, getattr(space, axis.name)) if space else value
-    return with_header(values, genome.slots)
+    return _reversible(with_header(values, genome.slots), space)
+
+
+def _reversible(genome: Genome, space: Space | None) -> Genome:
+    """The genome with another placement, residual form or norm where it could not be reversed."""
+    if not cannot_reverse(genome):
+        return genome
+    for axis in (a for name in ("placement", "residual", "norm") for a in HEADER if a.name == name):
+        for value in getattr(space, axis.name) if space else axis.options:
+            other = with_header({**header_of(genome), axis.name: value}, genome.slots)
+            if not cannot_reverse(other):
+                return other
+    raise GeneError("nothing in the space goes with residual=reversible and placement=post")
 
 
 def _valid(axis: Axis, value: Gene) -> Gene:
@@ -117,11 +129,11 @@ def _in_space(genome: Genome, space: Space) -> list[Slot]:
     allowed = space.slots_at(depth)
     result = []
     for i, slot in enumerate(slots):
-        site = Site(genome.width, genome.position, i, depth)
+        site = genome.site_at(i, depth)
         result.append(_slot_in_space(slots, i, slot, allowed[i], space, site))
     if not any(find(op.name)[0].kind == "mixer" for slot in result for op in slot.branches):
         for i, slot_space in enumerate(allowed):
-            site = Site(genome.width, genome.position, i, depth)
+            site = genome.site_at(i, depth)
             op = first_buildable(slot_space.mixers, slot_space.operators, site)
             if op is not None:
                 result[i] = Slot((op,), result[i].join)
@@ -189,11 +201,11 @@ def _anywhere(genome: Genome) -> list[Slot]:
     depth = max(1, len(kept))
     slots = []
     for i, slot in enumerate(kept):
-        site = Site(genome.width, genome.position, i, depth)
+        site = genome.site_at(i, depth)
         ops = tuple(_anywhere_op(_clean(op), site) for op in slot.branches)
         slots.append(Slot(ops, str(_valid(JOIN, slot.join))))
     if not any(primitive_of(op).kind == "mixer" for slot in slots for op in slot.branches):
-        mixer = _substitute("mixer", Site(genome.width, genome.position, 0, depth))
+        mixer = _substitute("mixer", genome.site_at(0, depth))
         slots[:1] = [Slot((mixer,))]
     return slots
 

@@ -10,7 +10,8 @@ from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Literal
 
-from ..primitives.base import Config, Gene, GeneError, Primitive, Site
+from ..primitives.base import BidirectionalError, Config, Gene, GeneError, Primitive, Site
+from ..primitives.base import is_causal as config_is_causal
 from ..primitives.catalogue import find, resolve
 from .genome import Genome, Op, Slot
 
@@ -42,7 +43,7 @@ def sites(genome: Genome) -> list[list[Site]]:
             borrows = op.features in seen
             if op.features is not None:
                 seen.add(op.features)
-            row.append(Site(genome.width, genome.position, i, depth, borrows))
+            row.append(genome.site_at(i, depth, borrows))
         rows.append(row)
     return rows
 
@@ -86,6 +87,48 @@ def configs(genome: Genome) -> list[list[Config]]:
         [config_of(op, site) for op, site in zip(slot.branches, row, strict=True)]
         for slot, row in zip(genome.slots, sites(genome), strict=True)
     ]
+
+
+def readers_ahead(genome: Genome) -> list[Place]:
+    """The operators that read later tokens. Raises GeneError where one cannot be built."""
+    return [
+        (i, j)
+        for i, row in enumerate(configs(genome))
+        for j, config in enumerate(row)
+        if not config_is_causal(config)
+    ]
+
+
+def is_causal(genome: Genome) -> bool:
+    """No output depends on a later token: every operator is causal. Raises GeneError."""
+    return not readers_ahead(genome)
+
+
+def acausal(genome: Genome) -> str | None:
+    """Which operator reads later tokens, in words that a sentence begins with; None if none does.
+
+    Raises GeneError where an operator cannot be built.
+    """
+    found = readers_ahead(genome)
+    if not found:
+        return None
+    op = genome.slots[found[0][0]].branches[found[0][1]]
+    given = " with causal=false" if dict(op.genes).get("causal") is False else ""
+    return f"{place_name(genome, found[0])}: {op.name}{given} reads later tokens"
+
+
+def require_causal(genome: Genome) -> None:
+    """Raises BidirectionalError, with a sentence, where an operator reads later tokens."""
+    words = acausal(genome)
+    if words is not None:
+        raise BidirectionalError(f"{words}, so the model has no state and decodes nothing")
+
+
+def place_name(genome: Genome, place: Place) -> str:
+    """`slot 3`, or `slot 3, branch 1` where the slot is parallel."""
+    slot, branch = place
+    many = len(genome.slots[slot].branches) > 1
+    return f"slot {slot}, branch {branch}" if many else f"slot {slot}"
 
 
 # The caches' keys hold the types beside the values, because 1, 1.0 and True are equal as keys and

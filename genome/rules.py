@@ -8,11 +8,13 @@ from ..primitives.base import Config, GeneError, Site, show_gene
 from ..primitives.catalogue import find
 from .genome import Genome, Op
 from .header import HEADER, JOIN, LABEL, MAX_SLOTS, header_of
-from .resolve import Place, config_of, groups, primitive_of, sites
+from .residual import norms_of
+from .resolve import Place, config_of, groups, place_name, primitive_of, sites
 from .space import SlotSpace, Space
 
 RULES: dict[str, str] = {
-    "header": "width, position, norm, placement, tied and vocab have allowed values",
+    "header": "width, position, norm, placement, residual, tied and vocab have allowed values",
+    "reversible": "residual=reversible goes with placement=pre or sandwich",
     "depth": f"a genome has from 1 to {MAX_SLOTS} slots",
     "slot": "a slot holds at least one operator and has a known join",
     "operator": "an operator is in the catalogue, and its genes go together at the genome's width",
@@ -52,13 +54,6 @@ def require_valid(genome: Genome) -> None:
         raise InvalidGenome(f"{found[0]}{more}")
 
 
-def place_name(genome: Genome, place: Place) -> str:
-    """`slot 3`, or `slot 3, branch 1` where the slot is parallel."""
-    slot, branch = place
-    many = len(genome.slots[slot].branches) > 1
-    return f"slot {slot}, branch {branch}" if many else f"slot {slot}"
-
-
 def violations(genome: Genome) -> list[Violation]:
     """The rules that a genome breaks; empty for a valid one."""
     found = _header(genome)
@@ -74,6 +69,12 @@ def violations(genome: Genome) -> list[Violation]:
     if any(violation.rule == "header" for violation in found):
         # Operators are judged at a width and a position; without them nothing can be said.
         return found
+    if cannot_reverse(genome):
+        sentence = (
+            "residual=reversible undoes each slot's addition, which a norm after it "
+            f"(placement=post) does not let; {RULES['reversible']}"
+        )
+        found.append(Violation("reversible", "genome", sentence))
     placed: dict[Place, tuple[Op, Site, Config]] = {}
     has_mixer = False
     for i, (slot, row) in enumerate(zip(genome.slots, sites(genome), strict=True)):
@@ -91,6 +92,11 @@ def violations(genome: Genome) -> list[Violation]:
     if not has_mixer:
         found.append(Violation("mixer", "genome", f"there is no mixer; {RULES['mixer']}"))
     return found + _weights(genome, placed) + _features(genome, placed)
+
+
+def cannot_reverse(genome: Genome) -> bool:
+    """The genome is reversible but for the norms after its additions."""
+    return genome.residual == "reversible" and norms_of(genome)[1] == "post"
 
 
 def _header(genome: Genome) -> list[Violation]:

@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from ..primitives.base import Gene, Site
+from ..primitives.base import Gene
 from .constraints import satisfied
 from .genome import Genome, Op, Slot
 from .repair import repair
@@ -65,11 +65,12 @@ def sample(space: Space, choose: Choose) -> Genome:
     position = choose("position", space.position)
     norm = choose("norm", space.norm)
     placement = choose("placement", space.placement)
+    residual = choose("residual", space.residual)
     tied = choose("tied", space.tied)
     vocab = choose("vocab", space.vocab)
     depth = choose("depth", range(space.depth[0], space.depth[1] + 1))
     slots = tuple(sample_slot(space, slot, choose) for slot in space.slots_at(depth))
-    genome = Genome(width, slots, position, norm, placement, tied, vocab)
+    genome = Genome(width, slots, position, norm, placement, residual, tied, vocab)
     if space.sharing.weights or space.sharing.features:
         genome = _share(genome, space, choose)
     return genome
@@ -126,7 +127,7 @@ _MAYBE = Weighted((False, True), (1 - SHARE_CHANCE, SHARE_CHANCE))
 def _share(genome: Genome, space: Space, choose: Choose) -> Genome:
     """Let operators share with the nearest earlier one that they can share with."""
     rows = rows_of(genome)
-    site = Site(genome.width, genome.position, 0, len(rows))
+    site = genome.site_at(0, len(rows))
     for i, (row, slot) in enumerate(zip(rows, space.slots_at(len(rows)), strict=True)):
         for j in range(len(row)):
             label = slot.label if j == 0 else f"{slot.label}.{j}"

@@ -123,7 +123,7 @@ def _lender_and_borrowers(genome: Genome, members: list[Place]) -> list[Place]:
         return genome.slots[place[0]].branches[place[1]]
 
     def site(place: Place, borrows: bool) -> Site:
-        return Site(genome.width, genome.position, place[0], depth, borrows)
+        return genome.site_at(place[0], depth, borrows)
 
     for first, place in enumerate(members):
         if not primitive_of(op(place)).lends:

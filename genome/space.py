@@ -238,6 +238,7 @@ class Space(_Part):
     position: Annotated[tuple[str, ...], _choices(_AXES["position"])] = ("rope",)
     norm: Annotated[tuple[str, ...], _choices(_AXES["norm"])] = ("rmsnorm",)
     placement: Annotated[tuple[str, ...], _choices(_AXES["placement"])] = ("pre",)
+    residual: Annotated[tuple[str, ...], _choices(_AXES["residual"])] = ("plain",)
     tied: Annotated[tuple[bool, ...], _choices(_AXES["tied"])] = (True,)
     vocab: Annotated[tuple[int, ...], _choices(_AXES["vocab"])] = (256,)
     join: Annotated[tuple[str, ...], _choices(_AXES["join"])] = ("mean",)
@@ -253,7 +254,18 @@ class Space(_Part):
     @model_validator(mode="after")
     def _check(self) -> Self:
         self._check_rules()
-        sites = [Site(w, p) for w, p in itertools.product(self.width, self.position)]
+        reversible = self.residual == ("reversible",) and self.placement == ("post",)
+        if reversible and "none" not in self.norm:
+            _refuse(
+                ("residual",),
+                "reversible undoes each slot's addition, which a norm after it does not let: "
+                "give placement pre or sandwich, or another residual, too",
+            )
+        forms = dict.fromkeys(r == "ngpt" for r in self.residual)
+        sites = [
+            Site(w, p, normalised=form)
+            for w, p, form in itertools.product(self.width, self.position, forms)
+        ]
         seen: set[tuple[str, ...]] = set()
         for depth in range(self.depth[0], self.depth[1] + 1):
             slots = self._slots[depth] = tuple(self._slot(i, depth) for i in range(depth))
@@ -339,9 +351,7 @@ class Space(_Part):
 
         Genomes that a constraint or a combination of genes excludes are counted too.
         """
-        header = math.prod(
-            map(len, (self.width, self.position, self.norm, self.placement, self.tied, self.vocab))
-        )
+        header = math.prod(len(getattr(self, axis.name)) for axis in HEADER)
         return header * sum(
             math.prod(map(self._slot_size, self.slots_at(depth)))
             for depth in range(self.depth[0], self.depth[1] + 1)

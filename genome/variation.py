@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from ..primitives.base import Gene, Site, show_gene
+from ..primitives.base import Gene, show_gene
 from .constraints import satisfied
 from .genome import Genome, Slot
 from .header import HEADER, header_of, with_header
@@ -250,7 +250,7 @@ def _share(genome: Genome, space: Space, rng: np.random.Generator) -> Child | No
     if kind == "weights":
         shared = share_weights(rows, (i, j), allowed)
     else:
-        site = Site(genome.width, genome.position, 0, len(rows))
+        site = genome.site_at(0, len(rows))
         shared = primitive_of(op).lends and share_features(rows, (i, j), allowed, site)
     return (with_rows(genome, rows), f"{op.name} in slot {i} shares {kind}") if shared else None
 

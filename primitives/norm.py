@@ -10,30 +10,70 @@ from torch.autograd.function import once_differentiable
 
 from .base import GeneError
 
+NORMS = ("rmsnorm", "layernorm", "dyt", "none")
 RMSNORM_EPS = 1e-6
 LAYERNORM_EPS = 1e-5
 
+DYT_ALPHA = 0.5
+"""alpha's initial value outside language models (arXiv 2503.10622)."""
+_DYT_ALPHAS = ((1024, 1.0, 1.0), (2048, 1.0, 0.5), (4096, 0.8, 0.2), (5120, 0.6, 0.15))
+_DYT_WIDEST = (0.2, 0.05)
 
-def make_norm(kind: str, width: int) -> nn.Module:
+
+def dyt_alpha(width: int, attention: bool) -> float:
+    """alpha's initial value in a language model: before attention, and everywhere else.
+
+    The values that the authors tuned for LLaMA (arXiv 2503.10622): 1.0 and 1.0 at width 1024, 1.0
+    and 0.5 at 2048, 0.8 and 0.2 at 4096, 0.6 and 0.15 at 5120, 0.2 and 0.05 at 8192. A width
+    between two of them takes the wider one's, one below 1024 those of 1024.
+    """
+    for widest, before_attention, elsewhere in _DYT_ALPHAS:
+        if width <= widest:
+            return before_attention if attention else elsewhere
+    return _DYT_WIDEST[0 if attention else 1]
+
+
+def make_norm(kind: str, width: int, alpha: float = DYT_ALPHA) -> nn.Module:
     """The norm of that name over the last axis, with fresh weights.
 
     `rmsnorm` (Zhang and Sennrich, arXiv 1910.07467): x / rms(x) * weight. `layernorm` (Ba et al.,
-    arXiv 1607.06450): (x - mean) / std * weight + bias. Raises GeneError for any other name.
+    arXiv 1607.06450): (x - mean) / std * weight + bias. `dyt` (Zhu et al., arXiv 2503.10622):
+    weight * tanh(alpha * x) + bias with one learned alpha, initially the argument. `none`: x.
+    Raises GeneError for any other name.
     """
     if kind == "rmsnorm":
         return RMSNorm(width, eps=RMSNORM_EPS)
     if kind == "layernorm":
         return nn.LayerNorm(width, eps=LAYERNORM_EPS)
-    raise GeneError(f"norm is one of rmsnorm, layernorm, not {kind}")
+    if kind == "dyt":
+        return DynamicTanh(width, alpha)
+    if kind == "none":
+        return nn.Identity()
+    raise _unknown(kind)
 
 
 def norm_params(kind: str, width: int) -> int:
     """The parameters of `make_norm(kind, width)`. Raises GeneError for an unknown name."""
-    if kind == "rmsnorm":
-        return width
-    if kind == "layernorm":
-        return 2 * width
-    raise GeneError(f"norm is one of rmsnorm, layernorm, not {kind}")
+    if kind not in NORMS:
+        raise _unknown(kind)
+    return {"rmsnorm": width, "layernorm": 2 * width, "dyt": 2 * width + 1, "none": 0}[kind]
+
+
+def _unknown(kind: str) -> GeneError:
+    return GeneError(f"norm is one of {', '.join(NORMS)}, not {kind}")
+
+
+class DynamicTanh(nn.Module):
+    """DyT: weight * tanh(alpha * x) + bias, elementwise (Zhu et al., arXiv 2503.10622)."""
+
+    def __init__(self, width: int, alpha: float) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.tensor([alpha]))
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.bias, torch.tanh(self.alpha * x), self.weight)
 
 
 class RMSNorm(nn.RMSNorm):

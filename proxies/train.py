@@ -128,12 +128,13 @@ class _Run:
             logits: Tensor = self._forward(inputs)[0]
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        extra = self.model.auxiliary_loss()
+        (loss if extra is None else loss + extra).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self._parameters, self.config.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self.model.balance()
+        self.model.after_step()
         self.step += 1
         self._unread.append(loss.detach())
         return lr

@@ -31,6 +31,7 @@ def test_the_form() -> None:
         "position": "rope",
         "norm": "rmsnorm",
         "placement": "pre",
+        "residual": "plain",
         "tied": False,
         "vocab": 256,
         "slots": [
@@ -83,8 +84,8 @@ def test_absent_header_genes_take_their_defaults() -> None:
         (
             {"grammar": 1, "slots": [], "widht": 4},
             (
-                "widht is unknown; allowed are grammar, width, position, norm, placement, tied, "
-                "vocab, slots; did you mean width?"
+                "widht is unknown; allowed are grammar, width, position, norm, placement, "
+                "residual, tied, vocab, slots; did you mean width?"
             ),
         ),
         ({"grammar": 1, "slots": [], 5: 4}, "the genome has the key 5, which is no text"),

@@ -25,7 +25,10 @@ TINY = Space.model_validate(
         "width": 32,
         "depth": [1, 4],
         "position": ["rope", "none"],
-        "join": ["mean", "sum"],
+        "norm": ["rmsnorm", "none"],
+        "placement": ["pre", "post"],
+        "residual": ["plain", "reversible", "ngpt"],
+        "join": ["mean", "norm"],
         "operators": {"mha": {"window": [32, 64]}, "mqa": {}, "mingru": {}, "swiglu": {}},
         "pattern": "free",
         "parallel": {"branches": 2, "share": 0.6},
@@ -45,6 +48,10 @@ TINY = Space.model_validate(
         ("{position=rope} mamba2 > swiglu", "{position=none} mamba2 > swiglu"),
         ("[mha | mamba2]", "[mamba2 | mha]"),
         ("[mha](join=sum)", "mha"),
+        ("{norm=none} mha", "{norm=none, placement=sandwich} mha"),
+        ("{norm=none} [mha | mqa]", "{norm=none} [mha | mqa](join=norm)"),
+        ("{residual=ngpt} mha", "{residual=ngpt, norm=layernorm, placement=post} mha"),
+        ("{residual=ngpt} mha(qk_norm=true)", "{residual=ngpt} mha"),
         (
             "[mha | mamba2] > mha(weights=@a) > mha(weights=@a)",
             "[mamba2 | mha] > mha(weights=@b) > mha(weights=@b)",
@@ -71,8 +78,14 @@ def test_what_changes_nothing(one: str, other: str) -> None:
         ("mha", "{tied=false} mha"),
         ("mha", "{norm=layernorm} mha"),
         ("mha", "{placement=post} mha"),
+        ("mha", "{norm=none} mha"),
+        ("mha", "{residual=rezero} mha"),
+        ("{residual=layerscale} mha", "{residual=rezero} mha"),
+        ("{norm=none} mha", "{residual=ngpt} mha"),
+        ("{residual=ngpt} [mha | mqa]", "{residual=ngpt} [mha | mqa](join=norm)"),
         ("mha", "{position=alibi} mha"),
         ("mamba2", "{position=learned} mamba2"),
+        ("{position=sinusoidal} mamba2", "{position=learned} mamba2"),
         ("swa(window=64)", "swa(window=128)"),
         ("[mha | mamba2]", "[mha | mamba2](join=sum)"),
         ("[mha | mamba2]", "mha > mamba2"),
@@ -156,15 +169,20 @@ def explicit(genome: Genome) -> Any:
                     ops.append(
                         str(numbers.setdefault((kind, label), len(numbers)) if shared else -1)
                     )
-            form.append((tuple(ops), slot.join if len(order) > 1 else ""))
+            join = slot.join if len(order) > 1 else ""
+            if join == "norm" and genome.norm == "none" and genome.residual != "ngpt":
+                join = "mean"
+            form.append((tuple(ops), join))
         forms.append(tuple(form))
+    normed = genome.norm != "none" and genome.residual != "ngpt"
     return (
         genome.width,
-        genome.norm,
-        genome.placement,
+        genome.residual,
+        genome.norm if normed else "",
+        genome.placement if normed else "",
         genome.tied,
         genome.vocab,
-        genome.position == "learned",
+        genome.position if genome.position in ("learned", "sinusoidal") else "",
         min(forms),
     )
 

@@ -75,7 +75,7 @@ def test_the_width_comes_from_the_header_or_the_caller() -> None:
 
 
 def test_every_header_gene_is_written_where_it_is_not_the_default() -> None:
-    genome = Genome(32, (A,), "alibi", "layernorm", "sandwich", False, 50)
+    genome = Genome(32, (A,), "alibi", "layernorm", "sandwich", "plain", False, 50)
     text = (
         "{width=32, position=alibi, norm=layernorm, placement=sandwich, tied=false, vocab=50} mha"
     )
@@ -106,7 +106,7 @@ def test_many_slots() -> None:
     assert parse(show(genome)) == genome
 
 
-HEADER_GENES = "width, position, norm, placement, tied, vocab"
+HEADER_GENES = "width, position, norm, placement, residual, tied, vocab"
 ALL_NAMES = ", ".join(names())
 MHA_AXES = ", ".join(axis.name for axis in find("mha")[0].axes)
 

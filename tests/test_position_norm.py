@@ -10,7 +10,7 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.llama import modeling_llama as llama
 
 from mendel.primitives.base import GeneError
-from mendel.primitives.norm import make_norm, norm_params
+from mendel.primitives.norm import dyt_alpha, make_norm, norm_params
 from mendel.primitives.position import ContextError, LearnedPosition, Rotary, alibi_slopes
 
 
@@ -104,7 +104,7 @@ def test_learned_positions_continue_and_end() -> None:
     assert LearnedPosition.params(16) == default.table.numel()
 
 
-@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
+@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm", "dyt", "none"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_norms(kind: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -113,12 +113,14 @@ def test_norms(kind: str, dtype: torch.dtype) -> None:
     for parameter in norm.parameters():
         nn.init.normal_(parameter)
     norm, x = norm.to(dtype), torch.randn(3, 5, 24).to(dtype)
-    y = x.double()
+    y, numbers = x.double(), {n: p.double() for n, p in norm.named_parameters()}
+    if kind == "dyt":
+        y = torch.tanh(numbers["alpha"] * y)
     if kind == "layernorm":
         y = y - y.mean(-1, keepdim=True)
-    y = y / (y.square().mean(-1, keepdim=True) + (1e-6 if kind == "rmsnorm" else 1e-5)).sqrt()
-    for name, parameter in norm.named_parameters():
-        y = y * parameter.double() if name == "weight" else y + parameter.double()
+    if kind in ("rmsnorm", "layernorm"):
+        y = y / (y.square().mean(-1, keepdim=True) + (1e-6 if kind == "rmsnorm" else 1e-5)).sqrt()
+    y = y * numbers.get("weight", 1.0) + numbers.get("bias", 0.0)
     assert norm(x).dtype == dtype
     # A few roundings of values of order 1.
     tolerance = 8 * torch.finfo(dtype).eps
@@ -149,9 +151,22 @@ def test_rmsnorm_is_llamas() -> None:
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("width", "before_attention", "elsewhere"),
+    [(64, 1.0, 1.0), (1024, 1.0, 1.0), (2048, 1.0, 0.5), (4096, 0.8, 0.2), (8192, 0.2, 0.05)],
+)
+def test_dyt_begins_as_published_for_llama(
+    width: int, before_attention: float, elsewhere: float
+) -> None:
+    assert dyt_alpha(width, True) == before_attention
+    assert dyt_alpha(width, False) == elsewhere
+    assert make_norm("dyt", 8).alpha.item() == 0.5
+    assert make_norm("dyt", 8, 0.25).alpha.item() == 0.25
+
+
 def test_an_unknown_norm_gets_a_sentence() -> None:
     for call in (make_norm, norm_params):
-        with pytest.raises(GeneError, match="norm is one of rmsnorm, layernorm, not batchnorm"):
+        with pytest.raises(GeneError, match="norm is one of rmsnorm, layernorm, dyt, none, not b"):
             call("batchnorm", 8)
 
 

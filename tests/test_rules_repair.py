@@ -137,7 +137,7 @@ def test_every_rule_says_what_is_wrong(text: str, rule: str, sentence: str) -> N
         (
             replace(parse("mha"), position="sinus"),
             "header",
-            "genome: position is one of rope, alibi, learned, none, not sinus",
+            "genome: position is one of rope, alibi, t5, xl, learned, sinusoidal, none, not sinus",
         ),
         (Genome(64, ()), "depth", "genome: 0 slots; a genome has from 1 to 512 slots"),
         (Genome(64, (Slot(()),)), "slot", "slot 0: the slot holds no operator"),
@@ -245,9 +245,10 @@ JUNK = st.builds(
     Genome,
     st.sampled_from([-1, 0, 1, 7, 30, 32, 64, 100, 10**9]),
     st.lists(SLOTS, max_size=7).map(tuple),
-    st.sampled_from(["rope", "alibi", "learned", "none", "sinus"]),
-    st.sampled_from(["rmsnorm", "batchnorm"]),
+    st.sampled_from(["rope", "alibi", "xl", "learned", "sinusoidal", "none", "sinus"]),
+    st.sampled_from(["rmsnorm", "none", "batchnorm"]),
     st.sampled_from(["pre", "post", "sandwich", "mid"]),
+    st.sampled_from(["plain", "reversible", "ngpt", "highway"]),
     st.booleans(),
     st.sampled_from([1, 2, 256]),
 )

@@ -256,8 +256,8 @@ OPERATORS = {"operators": {"mha": {}, "swiglu": {}}}
             OPERATORS | {"widht": 64},
             (
                 "space.widht: there is no such key; allowed are width, depth, position, norm, "
-                "placement, tied, vocab, join, operators, pattern, slots, parallel, sharing, "
-                "constraints; did you mean width?"
+                "placement, residual, tied, vocab, join, operators, pattern, slots, parallel, "
+                "sharing, constraints; did you mean width?"
             ),
         ),
         (OPERATORS | {"width": 0}, "space.width: width is a whole number from 1 to 65536, not 0"),
@@ -268,7 +268,7 @@ OPERATORS = {"operators": {"mha": {}, "swiglu": {}}}
         (OPERATORS | {"depth": "4"}, "space.depth: a whole number, or [least, most]"),
         (
             OPERATORS | {"position": ["sin"]},
-            "space.position.0: position is one of rope, alibi, learned, none, not sin",
+            "space.position.0: position is one of rope, alibi, t5, xl, learned, sinusoidal, none, not sin",
         ),
         (
             OPERATORS | {"pattern": "odd"},

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...kernels.letters import BTD
 from ..base import Axis, Cost, Gene, Liv, Operator, Point, Primitive, Site, State
 from ..genes import choice, flag, number
+from ..sphere import Scale
 
 ACTIVATIONS = ("relu", "relu2", "gelu", "silu")
 
@@ -47,6 +48,8 @@ class MlpConfig:
     activation: str
     gated: bool
     bias: bool
+    normalised: bool = False
+    """The hidden channels have nGPT's learned scalings (arXiv 2410.01131)."""
 
     @property
     def entry(self) -> int:
@@ -56,6 +59,7 @@ class MlpConfig:
     def cost(self, context: int, dtype: torch.dtype) -> Cost:
         products = self.width * (self.entry + self.inner)
         params = products + (self.entry + self.width if self.bias else 0)
+        params += self.entry if self.normalised else 0
         return Cost(params, params, 2.0 * products)
 
     def build(self) -> Mlp:
@@ -71,9 +75,13 @@ class Mlp(Operator):
         # One product for gate and up (in this order).
         self.entry = nn.Linear(config.width, config.entry, bias=config.bias)
         self.exit = nn.Linear(config.inner, config.width, bias=config.bias)
+        # nGPT's s_v and s_u; its factor sqrt(D) for the gate is in the input (residual=ngpt).
+        self.scale = Scale(config.entry, 1.0, 1.0) if config.normalised else None
 
     def forward(self, x: BTD, state: State | None = None) -> tuple[BTD, State | None]:
         hidden = self.entry(x)
+        if self.scale is not None:
+            hidden = hidden * self.scale().to(hidden.dtype)
         if self.config.gated:
             gate, up = hidden.chunk(2, dim=-1)
             hidden = activate(self.config.activation, gate) * up
@@ -99,6 +107,7 @@ def configure(site: Site, genes: Mapping[str, Gene]) -> MlpConfig:
         activation=choice(genes, "activation"),
         gated=flag(genes, "gated"),
         bias=flag(genes, "bias"),
+        normalised=site.normalised,
     )
 
 

@@ -110,6 +110,10 @@ class Moe(Operator):
     ) -> State:
         return State()
 
+    def stream_weights(self) -> dict[str, int]:
+        """The axis of each weight that lies along the residual stream (see `sphere.py`)."""
+        return {"router": 1, "entry": 2, "exit": 1}
+
     def route(self, rows: Tensor) -> Routing:
         """The experts of every row of (N, D), in float32 at least.
 

@@ -1,0 +1,172 @@
+"""How a slot reads the residual stream and how its output joins it: norms, scalings, nGPT.
+
+`norm` and `placement` with x the stream and f the slot's operators: pre (2002.04745) x +
+f(norm(x)), post (1706.03762) norm(x + f(x)), sandwich (2105.13290) x + norm(f(norm(x))). With
+`norm=none` the placement has no effect.
+
+`residual`, where y is what the forms above add:
+
+- plain: x + y.
+- layerscale (Touvron et al., CaiT, arXiv 2103.17239): x + diag(l) y. l begins at 0.1 up to 18
+  blocks, 1e-5 up to 24, 1e-6 beyond; a block is a pair of slots, attention and MLP there.
+- rezero (Bachlechner et al., arXiv 2003.04887): x + a y with a scalar a that begins at 0. So in the
+  first step only a and the tables have a gradient that is not 0, and the operators begin to learn
+  in the second. The paper has no norm (`norm=none`) and one scalar for attention and MLP of a
+  block; here every slot has its own, because slots need not come in pairs.
+- reversible: two streams, see `reversible.py`.
+- ngpt (Loshchilov et al., arXiv 2410.01131): h <- unit(h + |alpha| (unit(f(h)) - h)), everything
+  along the embedding dimension of length 1, neither norm nor placement. alpha is a vector that
+  begins at 0.05 with scale 1/sqrt(D). Logits are multiplied by s_z per token (1, 1/sqrt(D)). The
+  model sets tables and stream maps (`primitives/sphere.py`) back to the sphere after every step.
+  Operators read sqrt(D) h, so that a unit row gives values of order 1 as after an RMSNorm: the
+  paper's factor sqrt(D) for the gate of its MLP, and without effect in attention and in the MLP's
+  linear half, whose sizes the norms of queries, keys and outputs remove. Attention and MLP have the
+  paper's s_qk, s_u and s_v; other operators, for which nothing is published, have their stream maps
+  on the sphere and are otherwise as they are. The paper trains without weight decay and warm-up;
+  here both are the recipe's (decay does nothing to vectors that are set back to length 1, but for
+  the direction of a step).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..primitives.norm import dyt_alpha, make_norm, norm_params
+from ..primitives.position import ADDED
+from ..primitives.sphere import Scale, unit
+from .genome import Genome, Slot
+from .resolve import primitive_of
+
+EIGEN_RATE = 0.05
+"""alpha's initial value in nGPT."""
+
+
+def norms_of(genome: Genome) -> tuple[str, str]:
+    """Norm and placement as far as they have an effect: `none` always with `pre`."""
+    if genome.norm == "none" or genome.residual == "ngpt":
+        return "none", "pre"
+    return genome.norm, genome.placement
+
+
+def final_norm(genome: Genome) -> str:
+    """The norm before the head: none where norms stand after the addition."""
+    norm, placement = norms_of(genome)
+    return "none" if placement == "post" else norm
+
+
+def join_of(genome: Genome, slot: Slot) -> str:
+    """The join as far as it has an effect: a mean for one branch, and where there is no norm."""
+    # nGPT sets the branches to length 1 whatever the norm of the header.
+    bare = genome.norm == "none" and genome.residual != "ngpt"
+    without = len(slot.branches) == 1 or (slot.join == "norm" and bare)
+    return "mean" if without else slot.join
+
+
+def layer_scale(slots: int) -> float:
+    """LayerScale's initial value in a backbone of so many slots."""
+    blocks = (slots + 1) // 2
+    return 0.1 if blocks <= 18 else 1e-5 if blocks <= 24 else 1e-6
+
+
+def block_params(genome: Genome, slot: Slot) -> int:
+    """The parameters of a slot beside its operators', counted without making them."""
+    width = genome.width
+    norm, placement = norms_of(genome)
+    norms = 2 if placement == "sandwich" else 1
+    if join_of(genome, slot) == "norm":
+        norms += len(slot.branches)
+    scale = {"layerscale": width, "rezero": 1, "ngpt": width}.get(genome.residual, 0)
+    return norms * norm_params(norm, width) + scale
+
+
+def head_params(genome: Genome, vocab: int) -> int:
+    """The parameters before and after the head's table."""
+    scale = vocab if genome.residual == "ngpt" else 0
+    return norm_params(final_norm(genome), genome.width) + scale
+
+
+def embedding_params(genome: Genome) -> int:
+    """The parameters of the embedding beside its tables."""
+    return 1 if norms_of(genome)[0] == "dyt" else 0
+
+
+class Entry(nn.Module):
+    """From embeddings of size 1/sqrt(D) per channel to the stream.
+
+    A norm makes their size irrelevant. Without one they are multiplied by sqrt(D), as in
+    1706.03762; DyT has a learned scalar that begins there (2503.10622). nGPT's vectors have length
+    1 already, if no positions were added.
+    """
+
+    def __init__(self, genome: Genome) -> None:
+        super().__init__()
+        sphere = genome.residual == "ngpt"
+        self.position = sphere and genome.position in ADDED
+        bare = norms_of(genome)[0] in ("dyt", "none") and not sphere
+        self.factor = genome.width**0.5 if bare else None
+        self.scale = (
+            nn.Parameter(torch.ones(1) * genome.width**0.5) if embedding_params(genome) else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.position:
+            return unit(x)
+        if self.scale is not None:
+            return x * self.scale
+        return x if self.factor is None else x * self.factor
+
+
+class SlotBlock(nn.Module):
+    """The norms of one slot, the join of its branches, its scaling; not the operators."""
+
+    def __init__(self, genome: Genome, slot: Slot) -> None:
+        super().__init__()
+        width = genome.width
+        norm, self.placement = norms_of(genome)
+        self.join = join_of(genome, slot)
+        # DyT begins otherwise before attention; here that is before any mixer over tokens.
+        mixes = any(primitive_of(op).kind == "mixer" for op in slot.branches)
+        alpha, other = dyt_alpha(width, mixes), dyt_alpha(width, False)
+        before, after = self.placement != "post", self.placement != "pre"
+        self.before = make_norm(norm, width, alpha) if before else nn.Identity()
+        self.after = make_norm(norm, width, other) if after else nn.Identity()
+        norms = len(slot.branches) if self.join == "norm" else 0
+        self.branch_norms = nn.ModuleList(make_norm(norm, width, other) for _ in range(norms))
+        self.scale: nn.Parameter | None = None
+        if genome.residual == "layerscale":
+            self.scale = nn.Parameter(torch.full((width,), layer_scale(len(genome.slots))))
+        elif genome.residual == "rezero":
+            self.scale = nn.Parameter(torch.zeros(1))
+        sphere = genome.residual == "ngpt"
+        self.rate = Scale(width, EIGEN_RATE, width**-0.5) if sphere else None
+
+    def read(self, x: Tensor) -> Tensor:
+        """What the operators get of the stream."""
+        if self.rate is not None:
+            return x * x.shape[-1] ** 0.5
+        return self.before(x)  # type: ignore[no-any-return]
+
+    def combine(self, outputs: list[Tensor]) -> Tensor:
+        """Branch outputs, each (B, T, D), to one."""
+        if len(outputs) == 1:
+            return outputs[0]
+        if self.join == "norm" and self.rate is not None:
+            outputs = [unit(y) for y in outputs]
+        elif self.join == "norm":
+            outputs = [norm(y) for norm, y in zip(self.branch_norms, outputs, strict=True)]
+        total = torch.stack(outputs).sum(0)
+        return total if self.join == "sum" else total / len(outputs)
+
+    def added(self, y: Tensor) -> Tensor:
+        """What is added to the stream, where no norm stands after the addition."""
+        y = self.after(y)
+        return y if self.scale is None else y * self.scale
+
+    def residual(self, x: Tensor, y: Tensor) -> Tensor:
+        """The stream after the slot, from the stream before it and the joined output."""
+        if self.rate is not None:
+            return unit(x + self.rate().abs() * (unit(y) - x))
+        if self.placement == "post":
+            return self.after(x + (y if self.scale is None else y * self.scale))  # type: ignore[no-any-return]
+        return x + self.added(y)
