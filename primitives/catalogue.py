@@ -20,6 +20,7 @@ from .diagonal.hgrn import HGRN
 from .diagonal.rwkv4 import RWKV4
 from .diagonal.s4d import S4D
 from .diagonal.selective import SELECTIVE
+from .memory.axes import LEARNED_MEMORY
 from .nearest import unknown
 from .recurrence.delta_axes import DELTA
 from .recurrence.matrix_axes import RECURRENCE
@@ -39,6 +40,7 @@ CATALOGUE: tuple[Primitive, ...] = (
     HGRN,
     RWKV4,
     NONLINEAR,
+    LEARNED_MEMORY,
     SHORT_CONV,
     CONV_BLOCK,
     HYENA,
