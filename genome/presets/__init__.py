@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ import yaml
 
 from ...primitives.base import Gene
 from ...primitives.nearest import nearest
-from ..genome import Genome
+from ..genome import Genome, Slot
 from ..header import MAX_SLOTS, with_header
 from ..notation import parse
+from ..resolve import groups, relabel, replace_ops
 
 _FOLDER = Path(__file__).parent
 
@@ -72,4 +73,27 @@ def load(name: str, width: int | None = None, depth: int | None = None) -> Genom
         raise PresetError(f"depth is a number of slots from 1 to {MAX_SLOTS}, not {depth}")
     header = {**preset.header, "width": width}
     repeats = -(-depth // len(slots))
-    return with_header(header, (slots * repeats)[:depth])
+    turns = (_renamed(slot, turn) for turn in range(repeats) for slot in slots)
+    return _without_lone_labels(with_header(header, tuple(turns)[:depth]))
+
+
+def _renamed(slot: Slot, turn: int) -> Slot:
+    """The slot in that repetition of the motif: each repetition shares among its own."""
+    ops = [
+        replace(op, features=f"{op.features}_{turn}") if op.features is not None else op
+        for op in slot.branches
+    ]
+    return replace_ops(slot, ops)
+
+
+def _without_lone_labels(genome: Genome) -> Genome:
+    """The genome with labels a, b, ...; the cut to a depth can leave one that nothing shares."""
+    lone = {label for label, members in groups(genome, "features").items() if len(members) == 1}
+    slots = tuple(
+        replace_ops(
+            slot,
+            [replace(op, features=None) if op.features in lone else op for op in slot.branches],
+        )
+        for slot in genome.slots
+    )
+    return relabel(replace(genome, slots=slots))
