@@ -49,7 +49,7 @@ class HeadRouter(nn.Module):
         # A stable sort: ties go to the lowest index in every batch size.
         order = torch.sort(routed.detach(), dim=-1, descending=True, stable=True).indices
         chosen = torch.zeros_like(scores).scatter(-1, order[..., : self.active], 1.0)
-        if self.training and torch.is_grad_enabled():
+        if self.training:
             self._load = chosen.flatten(0, -2).mean(0)
             self._loss = BALANCE_WEIGHT * (self._load * scores.flatten(0, -2).mean(0)).sum()
         weights = scores * chosen
