@@ -160,17 +160,19 @@ class SinusoidalPosition(nn.Module):
     the same up to the scale of the stream.
     """
 
+    kind: Tensor
+    """Holds nothing: its dtype and device are those of the module."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
         self.register_buffer("kind", torch.empty(0), persistent=False)
 
-    kind: Tensor
-
     def forward(self, tokens: int, start: int = 0) -> Tensor:
         """The vectors, (T, D), of `tokens` positions from `start` on."""
         table = sinusoids(start + tokens, self.width, self.kind.dtype, self.kind.device)
-        return table[start:] * self.width**-0.5
+        vectors: Tensor = table[start:] * self.width**-0.5
+        return vectors
 
 
 def added_position(kind: str, width: int) -> LearnedPosition | SinusoidalPosition | None:

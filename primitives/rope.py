@@ -73,7 +73,7 @@ class RopeForm:
         if not rows:
             return torch.outer(index.double(), rate)
         places = (index // (rows * columns), index // columns % rows, index % columns)
-        parts = zip(places, rate.split(sections(channels)), strict=True)
+        parts = zip(places, torch.split(rate, sections(channels)), strict=True)
         return torch.cat([torch.outer(place.double(), part) for place, part in parts], -1)
 
 

@@ -125,9 +125,9 @@ class TransformerXl(DistanceBias):
         distance = distance.clamp_min(0)
         table = sinusoids(int(distance.max()) + 1, self.form.width, q.dtype, q.device)
         if q.shape[2] == 1:
-            weight = self.relative.weight.unflatten(0, (heads, width))
+            weight = self.relative.weight.reshape(heads, width, -1)
             scores: Tensor = (q @ weight).flatten(1, 2) @ table[distance[0]].mT
             return scores.unsqueeze(2)
-        relative = self.relative(table).unflatten(1, (heads, width))
+        relative = self.relative(table).reshape(-1, heads, width)
         scores = q @ relative.permute(1, 2, 0)
         return scores.gather(3, distance.expand(*q.shape[:2], -1, -1))

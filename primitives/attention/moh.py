@@ -44,7 +44,7 @@ class HeadRouter(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(dtype), self.router.weight.to(dtype))
-        routed, shared, kinds = logits.split(self.rows, -1)
+        routed, shared, kinds = torch.split(logits, list(self.rows), -1)
         scores = routed.softmax(-1)
         # A stable sort: ties go to the lowest index in every batch size.
         order = torch.sort(routed.detach(), dim=-1, descending=True, stable=True).indices
@@ -52,7 +52,7 @@ class HeadRouter(nn.Module):
         if self.training:
             self._load = chosen.flatten(0, -2).mean(0)
             self._loss = BALANCE_WEIGHT * (self._load * scores.flatten(0, -2).mean(0)).sum()
-        weights = scores * chosen
+        weights: Tensor = scores * chosen
         if not self.shared:
             return weights
         share = kinds.softmax(-1)

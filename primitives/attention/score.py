@@ -117,12 +117,14 @@ class Scoring(nn.Module):
         if self.vectors is None:
             return None
         q1, k1, q2, k2 = self.vectors.to(torch.promote_types(self.vectors.dtype, torch.float32))
-        return (q1 @ k1).exp() - (q2 @ k2).exp() + self.form.lambda_init
+        found: Tensor = (q1 @ k1).exp() - (q2 @ k2).exp() + self.form.lambda_init
+        return found
 
     def finish(self, out: Tensor, x: BTD) -> Tensor:
         """The heads' outputs (B, T, H, V) of tokens x, ready for gate and projection."""
         if self.norm is not None:
-            pairs = self.norm(out.unflatten(2, (-1, 2)).flatten(3))
+            batch, tokens, heads, width = out.shape
+            pairs = self.norm(out.reshape(batch, tokens, heads // 2, 2 * width))
             out = (pairs * (1.0 - self.form.lambda_init)).view_as(out)
         if self.heads is not None:
             out = out * self.heads.route(x).unsqueeze(-1).to(out.dtype)

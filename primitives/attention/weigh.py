@@ -130,7 +130,7 @@ def _explicit(q: Tensor, keys: Tensor, values: Tensor, bias: Bias, score: Score)
         return (weights.reshape(batch, groups, -1, seen) @ values).reshape(batch, heads, tokens, -1)
     first, second = weights.chunk(2, 1)
     weights = first - score.difference.to(q.dtype) * second
-    halves = values.unflatten(1, (2, groups // 2))
+    halves = values.reshape(batch, 2, groups // 2, seen, -1)
     out = weights.reshape(batch, 1, groups // 2, -1, seen) @ halves
     return out.reshape(batch, 2, heads // 2, tokens, -1).transpose(1, 2).flatten(1, 2)
 
