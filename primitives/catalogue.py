@@ -18,9 +18,10 @@ from .convolution.token_mlp import TOKEN_MLP
 from .diagonal.gated_scan import GATED_SCAN
 from .diagonal.hgrn import HGRN
 from .diagonal.rwkv4 import RWKV4
-from .diagonal.s4d import S4D
+from .diagonal.s4 import STATE_SPACE
 from .diagonal.selective import SELECTIVE
 from .memory.axes import LEARNED_MEMORY
+from .memory.beside_axes import MEMORY_ATTENTION
 from .nearest import unknown
 from .recurrence.delta_axes import DELTA
 from .recurrence.matrix_axes import RECURRENCE
@@ -35,12 +36,13 @@ CATALOGUE: tuple[Primitive, ...] = (
     RWKV7,
     MLSTM,
     SELECTIVE,
-    S4D,
+    STATE_SPACE,
     GATED_SCAN,
     HGRN,
     RWKV4,
     NONLINEAR,
     LEARNED_MEMORY,
+    MEMORY_ATTENTION,
     SHORT_CONV,
     CONV_BLOCK,
     HYENA,
