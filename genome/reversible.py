@@ -80,7 +80,7 @@ class _Reversible(torch.autograd.Function):
             for label, value in lent.items():
                 if label not in before or before[label] is not value:
                     now[label] = len(values)
-                    values.append(value)
+                    values.append(_with_tensors(value, map(_compact, tensors_in(value))))
             found.append(now)
         ctx.step, ctx.parts, ctx.values, ctx.found = step, parts, values, found
         ctx.parameters = parameters
@@ -163,6 +163,11 @@ def _parameters(parts: Iterator[nn.Module] | Sequence[nn.Module]) -> list[nn.Par
     """The trained parameters of modules, each once, in order."""
     found = {id(p): p for part in parts for p in part.parameters() if p.requires_grad}
     return list(found.values())
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """The tensor without the rest of the storage that it is a part of."""
+    return tensor if tensor.untyped_storage().nbytes() <= tensor.nbytes else tensor.clone()
 
 
 def tensors_in(value: Any) -> list[Tensor]:
