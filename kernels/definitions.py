@@ -210,18 +210,46 @@ def wkv(
 
 
 def time_invariant(u: BTD, a: Tensor, c: Tensor, state: Tensor | None) -> tuple[BTD, Tensor]:
-    """x_t = exp(a) x_{t-1} + u_t;  y_t = 2 Re sum_n c x_t;  a, c complex (D, N), the state (B, D,
-    N, 2)."""
+    """x_t = exp(a) x_{t-1} + u_t;  y_t = sum_n c x_t, for complex a and c twice its real part; a, c
+    (D, N), the state (B, D, N), complex (B, D, N, 2)."""
     dtype = accumulator(u, state)
-    wide = torch.complex128 if dtype == torch.float64 else torch.complex64
+    paired = a.is_complex()
+    wide = dtype.to_complex() if paired else dtype
     x = torch.zeros(u.shape[0], *a.shape, dtype=wide, device=u.device)
     if state is not None:
-        x = torch.view_as_complex(state.to(dtype).contiguous())
+        x = torch.view_as_complex(state.to(dtype).contiguous()) if paired else state.to(dtype)
     out = []
     for t in range(u.shape[1]):
         x = torch.exp(a).to(wide) * x + u[:, t, :, None].to(dtype)
-        out.append(2 * (c.to(wide) * x).sum(-1).real)
-    return torch.stack(out, dim=1).to(u.dtype), torch.view_as_real(x)
+        y = (c.to(wide) * x).sum(-1)
+        out.append(2 * y.real if paired else y)
+    return torch.stack(out, dim=1).to(u.dtype), torch.view_as_real(x) if paired else x
+
+
+def low_rank_state_space(
+    u: BTD, a: Tensor, p: Tensor, b: Tensor, c: Tensor, state: Tensor | None
+) -> tuple[BTD, Tensor]:
+    """x_t = (1 - A)^-1 ((1 + A) x_{t-1} + b u_t), A = Diag(a) - p p^*;  y_t = c x_t.
+
+    a, p, b, c are complex128 (D, N), half of the conjugate pairs; the state is (B, D, N, 2).
+    """
+    dtype = accumulator(u, state)
+    wide = dtype.to_complex()
+    a, p, b, c = (torch.cat((t, t.conj()), -1) for t in (a, p, b, c))
+    one = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    A = torch.diag_embed(a) - p[..., :, None] * p.conj()[..., None, :]
+    step = torch.linalg.solve(one - A, one + A).to(wide)
+    write = torch.linalg.solve(one - A, b).to(wide)
+    x = torch.zeros(u.shape[0], *a.shape, dtype=wide, device=u.device)
+    if state is not None:
+        half = torch.view_as_complex(state.to(dtype).contiguous())
+        x = torch.cat((half, half.conj()), -1)
+    out = []
+    for t in range(u.shape[1]):
+        x = (step @ x[..., None]).squeeze(-1) + write * u[:, t, :, None].to(dtype)
+        out.append((c.to(wide) * x).sum(-1).real)
+    last = x[..., : x.shape[-1] // 2].resolve_conj().contiguous()
+    return torch.stack(out, dim=1).to(u.dtype), torch.view_as_real(last)
 
 
 def short_conv(

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mendel.primitives.base import Gene, GeneError, Operator, Primitive, Site
+from mendel.primitives.base import Gene, GeneError, Operator, Primitive, Site, is_causal
 from mendel.primitives.convolution.short_conv import SHORT_CONV
 from mendel.primitives.diagonal.gated_scan import GATED_SCAN
 from mendel.primitives.diagonal.hgrn import HGRN
 from mendel.primitives.diagonal.rwkv4 import RWKV4
-from mendel.primitives.diagonal.s4d import S4D
+from mendel.primitives.diagonal.s4 import STATE_SPACE
 from mendel.primitives.diagonal.selective import SELECTIVE
 from mendel.primitives.recurrence.delta_axes import DELTA
 from mendel.primitives.recurrence.matrix_axes import RECURRENCE
@@ -32,7 +32,7 @@ PRIMITIVES = (
     RWKV7,
     MLSTM,
     SELECTIVE,
-    S4D,
+    STATE_SPACE,
     GATED_SCAN,
     HGRN,
     RWKV4,
@@ -42,17 +42,18 @@ PRIMITIVES = (
 
 
 def draw(primitive: Primitive, seed: int) -> dict[str, Gene]:
-    """Random values of all axes that go together."""
+    """Random values of all axes that go together in a causal layer."""
     rng = random.Random(f"{primitive.name} {seed}")
     while True:
         genes: dict[str, Gene] = {
             axis.name: rng.choice(axis.options or axis.search) for axis in primitive.axes
         }
         try:
-            primitive.configure(Site(WIDTH), primitive.complete(genes))
+            config = primitive.configure(Site(WIDTH), primitive.complete(genes))
         except GeneError:
             continue
-        return genes
+        if is_causal(config):
+            return genes
 
 
 CASES = [

@@ -8,14 +8,14 @@ from mendel.kernels.backend import use_backend
 from mendel.kernels.time_invariant import PIECE, time_invariant
 from mendel.primitives.base import Gene, GeneError, Site
 from mendel.primitives.catalogue import resolve
-from mendel.primitives.diagonal.s4d import S4d, S4dConfig
+from mendel.primitives.diagonal.s4 import S4, S4Config
 
 
-def build(name: str = "s4d", **genes: Gene) -> S4d:
+def build(name: str = "s4d", **genes: Gene) -> S4:
     """The layer in float64 with every parameter away from its start."""
     primitive, full = resolve(name, genes)
     made = primitive.configure(Site(16), full)
-    assert isinstance(made, S4dConfig)
+    assert isinstance(made, S4Config)
     torch.manual_seed(0)
     module = made.build()
     with torch.no_grad():
