@@ -8,6 +8,7 @@ an operator need not know of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,20 +24,22 @@ def unit(x: Tensor, dim: int = -1) -> Tensor:
 
 
 class Scale(nn.Module):
-    """A learned vector s of scalings that begins at `init`.
+    """Learned scalings s of some shape that begin at `init`.
 
-    It is kept as a vector that begins at `scale`, and s is that times init / scale: with Adam,
+    They are kept as a vector that begins at `scale`, and s is that times init / scale: with Adam,
     whose steps do not depend on the size of what they change, `scale` sets how fast s learns
     (arXiv 2410.01131, section 2.5).
     """
 
     def __init__(self, shape: int | tuple[int, ...], init: float, scale: float) -> None:
         super().__init__()
+        self.shape = (shape,) if isinstance(shape, int) else shape
         self.factor = init / scale
-        self.value = nn.Parameter(torch.full((shape,) if isinstance(shape, int) else shape, scale))
+        # One axis whatever the shape: it is a vector to the optimiser, which decays matrices.
+        self.value = nn.Parameter(torch.full((math.prod(self.shape),), scale))
 
     def forward(self) -> Tensor:
-        return self.value * self.factor
+        return (self.value * self.factor).view(self.shape)
 
 
 class _Linears(TorchFunctionMode):
