@@ -83,18 +83,22 @@ def current(
     """The backend that a call would use now: the pinned one, or the default of the case.
 
     The default is `triton` on a CUDA device for the forms that have kernels, heads of at most
-    `WIDEST` and the dtypes of `TRITON_DTYPES`, else `chunked`. `form` names a case of the operator;
-    for `matrix_state` the kind of decay (none, fixed, scalar, vector). Raises `Unsupported` where a
-    pinned backend does not exist for the form.
+    `WIDEST` and the dtypes of `TRITON_DTYPES`, `flex` there for the forms of `FLEX_FORMS`, else
+    `chunked`. `form` names a case of the operator; for `matrix_state` the kind of decay (none,
+    fixed, scalar, vector). Raises `Unsupported` where a pinned backend does not exist for the form.
     """
     there = backends(op, form)
     pinned = _pinned.get()
     if pinned is None:
+        if "flex" in there and torch.device(device).type == "cuda":
+            return "flex"
         serves = "triton" in there and width <= WIDEST and dtype in TRITON_DTYPES
         return "triton" if serves and torch.device(device).type == "cuda" else "chunked"
     if pinned not in there:
         name = op if form is None else f"{op} with decay {form}"
-        reason = "it has no kernel" if HAS_TRITON else "Triton is not installed"
+        if op in FLEX_FORMS:
+            name = f"{op}, case {form}"
+        reason = "it has no kernel" if HAS_TRITON or pinned == "flex" else "Triton is not installed"
         raise Unsupported(name, pinned, reason, there)
     return pinned
 

@@ -26,7 +26,7 @@ from mendel.primitives.attention.axes import configure_plain as configure
 from mendel.primitives.attention.distance import Alibi, DistanceForm
 from mendel.primitives.attention.keyvalues import KeyValues
 from mendel.primitives.attention.layer import Attention, AttentionConfig
-from mendel.primitives.attention.patterns import Pattern
+from mendel.primitives.attention.patterns import Window
 from mendel.primitives.attention.weigh import Score
 from mendel.primitives.base import Gene, GeneError, Site, State
 from mendel.primitives.catalogue import resolve
@@ -359,7 +359,7 @@ def test_attention_over_a_sequence_is_its_formula(name: str) -> None:
     expected = torch.stack(rows, 2)
     weight = torch.randn_like(expected)
     wanted = torch.autograd.grad((expected * weight).sum(), given)
-    out = attend(q, KeyValues(k, v), Pattern(window), Score(), position)
+    out = attend(q, KeyValues(k, v), Window(window), Score(), position)
     got = torch.autograd.grad((out * weight).sum(), given)
     assert error(out, expected) < 1e-12
     for ours, theirs in zip(got, wanted, strict=True):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from ..base import Axis, Config, Gene, GeneError, Liv, Point, Primitive, Site
-from ..genes import choice, flag, whole
+from ..genes import choice, flag, only, whole
 from .layer import AttentionConfig
-from .patterns import Pattern, pattern_problem
+from .pattern_axes import PATTERN_AXES, PATTERN_POINTS, pattern_of
+from .patterns import pattern_problem
 from .position_axes import POSITION_AXES, POSITION_POINTS, distance_of, position_of, rope_of
 from .score_axes import SCORE_AXES, SCORE_POINTS, score_form
 
@@ -35,7 +36,11 @@ FORMS: dict[str, Callable[[Site, Mapping[str, Gene]], Config]] = {}
 
 def configure(site: Site, genes: Mapping[str, Gene]) -> Config:
     form = FORMS.get(choice(genes, "pattern"))
-    return configure_plain(site, genes) if form is None else form(site, genes)
+    if form is None:
+        return configure_plain(site, genes)
+    # Their layers weigh by a softmax of their own.
+    only(genes, "pattern", {axis.name: axis.default for axis in SCORE_AXES})
+    return form(site, genes)
 
 
 def configure_plain(site: Site, genes: Mapping[str, Gene]) -> AttentionConfig:
@@ -57,18 +62,20 @@ def configure_plain(site: Site, genes: Mapping[str, Gene]) -> AttentionConfig:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        pattern=Pattern(whole(genes, "window") if choice(genes, "pattern") == "sliding" else None),
+        pattern=pattern_of(genes, kv_heads, position),
         score=score_form(site, genes, heads, kv_heads),
         position=position,
         rope_theta=theta,
         rope_channels=channels,
         rope_form=form,
         distance=distance_of(genes, position, site.width, heads, head_dim),
-        qk_norm=flag(genes, "qk_norm"),
+        # nGPT has a norm of queries and keys of its own.
+        qk_norm=flag(genes, "qk_norm") and not site.normalised,
         gate=choice(genes, "gate"),
         bias=flag(genes, "bias"),
         conv=0 if site.borrows else whole(genes, "conv"),
         borrows=site.borrows,
+        normalised=site.normalised,
     )
 
 
@@ -89,20 +96,7 @@ ATTENTION = Primitive(
             search=(0, 1, 2),
         ),
         Axis("head_dim", 0, "width of a head; 0 for width / heads", low=0.0, high=1024.0),
-        Axis(
-            "pattern",
-            "full",
-            "which earlier tokens a token sees",
-            options=("full", "sliding"),
-            search=("full", "sliding"),
-        ),
-        Axis(
-            "window",
-            128,
-            "tokens that sliding attention sees, the token itself included",
-            low=1.0,
-            search=(32, 64, 128, 256),
-        ),
+        *PATTERN_AXES,
         *POSITION_AXES,
         Axis(
             "qk_norm",
@@ -135,7 +129,7 @@ ATTENTION = Primitive(
         Point("mha", {"kv_heads": 0}, "Vaswani et al., arXiv 1706.03762"),
         Point("gqa", {"kv_heads": 2}, "Ainslie et al., arXiv 2305.13245"),
         Point("mqa", {"kv_heads": 1}, "Shazeer, arXiv 1911.02150"),
-        Point("swa", {"pattern": "sliding"}, "Longformer 2004.05150; Mistral 2310.06825"),
+        *PATTERN_POINTS,
         *SCORE_POINTS,
         *POSITION_POINTS,
     ),

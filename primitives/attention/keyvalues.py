@@ -9,21 +9,24 @@ from torch import Tensor
 
 from ..base import State
 from ..position import ContextError
-from .patterns import Pattern
+from .patterns import HeadPattern, Pattern, Ranges, count, positions
 
 
 @dataclass(frozen=True)
 class KeyValues:
-    """The keys and values that a call's queries may see; the call's own tokens are the last ones.
+    """The keys and values that a call's queries may see; the call's own tokens are among them.
 
-    Both are (B, G, S, K), for S consecutive positions from `first` on: position `first + i` stands
-    at index (i + turn) mod S. They may be views of a cache, which the next call overwrites.
+    Both are (B, G, S, K). They stand at S consecutive positions that end before `stop` (S if None),
+    or at the ascending positions `at`, or as `layout` puts the first S slots of its cache. They may
+    be views of a cache, which the next call overwrites.
     """
 
     keys: Tensor
     values: Tensor
-    first: int = 0
-    turn: int = 0
+    stop: int | None = None
+    at: Tensor | None = None
+    layout: tuple[HeadPattern, int] | None = None
+    """The pattern and the size of the cache."""
 
     @property
     def tokens(self) -> int:
@@ -32,86 +35,147 @@ class KeyValues:
     @property
     def end(self) -> int:
         """The position after the last one."""
-        return self.first + self.tokens
+        return self.tokens if self.stop is None else self.stop
 
-    def last(self, tokens: int) -> KeyValues:
-        """The last `tokens` positions (at least 1, at most all), in order."""
-        skip = self.tokens - tokens
-        if self.turn == 0:
-            keys, values = self.keys[:, :, skip:], self.values[:, :, skip:]
-        else:
-            index = torch.arange(skip, self.tokens, device=self.keys.device) + self.turn
-            index %= self.tokens
-            keys, values = self.keys.index_select(2, index), self.values.index_select(2, index)
-        return KeyValues(keys, values, self.first + skip)
+    def heads(self, first: int, last: int) -> KeyValues:
+        """Those of the key-value heads first..last-1."""
+        keys, values = self.keys[:, first:last], self.values[:, first:last]
+        return KeyValues(keys, values, self.stop, self.at, self.layout)
 
     def positions(self) -> Tensor:
         """The position at every index, (S,) of int64."""
-        index = torch.arange(self.tokens, device=self.keys.device)
-        return self.first + (index - self.turn) % self.tokens
+        device = self.keys.device
+        if self.at is not None:
+            return self.at
+        if self.layout is None:
+            return torch.arange(self.end - self.tokens, self.end, device=device)
+        pattern, size = self.layout
+        held = positions((*pattern.past(self.end - 1, self.end), range(self.end - 1, self.end)))
+        order = torch.empty_like(held)
+        order[pattern.slots(held, size)] = held
+        return order.to(device)
+
+    def ordered(self) -> KeyValues:
+        """The same in ascending order of positions."""
+        if self.at is not None or self.layout is None:
+            return self
+        at = self.positions()
+        order = at.argsort()
+        keys, values = self.keys.index_select(2, order), self.values.index_select(2, order)
+        return KeyValues(keys, values, self.stop, at[order])
+
+    def take(self, wanted: Ranges) -> KeyValues:
+        """Those at the wanted positions, which are among them; all of them as they are."""
+        if count(wanted) == self.tokens:
+            return self
+        ranges = [r for r in wanted if len(r)]
+        if self.at is None and self.layout is None and len(ranges) == 1:
+            first = self.end - self.tokens
+            span = slice(ranges[0].start - first, ranges[0].stop - first, ranges[0].step)
+            keys, values = self.keys[:, :, span], self.values[:, :, span]
+            return KeyValues(keys, values, self.end, positions(ranges, self.keys.device))
+        at = positions(ranges, self.keys.device)
+        if self.at is not None:
+            index = torch.searchsorted(self.at, at)
+        elif self.layout is not None:
+            index = self.layout[0].slots(at, self.layout[1])
+        else:
+            index = at - (self.end - self.tokens)
+        keys, values = self.keys.index_select(2, index), self.values.index_select(2, index)
+        return KeyValues(keys, values, self.end, at)
+
+
+@dataclass(frozen=True)
+class HeadedKeyValues:
+    """Those of runs of heads that keep other positions."""
+
+    parts: tuple[KeyValues, ...]
+
+    @property
+    def end(self) -> int:
+        """The position after the last one."""
+        return self.parts[0].end
 
 
 def init_cache(
+    pattern: Pattern,
     batch: int,
     kv_heads: int,
     head_dim: int,
-    tokens: int,
+    context: int,
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> dict[str, Tensor]:
-    """Empty buffers `keys` and `values`, (B, G, S, K)."""
-    shape = (batch, kv_heads, tokens, head_dim)
-    return {name: torch.zeros(shape, dtype=dtype, device=device) for name in ("keys", "values")}
+    """Empty buffers for `context` tokens: `keys` and `values` (B, G, S, K).
+
+    Where heads keep different positions every run of heads has its own pair, the second one
+    `keys1` and `values1`.
+    """
+    tensors = {}
+    for index, (heads, part) in enumerate(pattern.parts(kv_heads)):
+        shape = (batch, heads, part.kept(context), head_dim)
+        for name in _names(index):
+            tensors[name] = torch.zeros(shape, dtype=dtype, device=device)
+    return tensors
 
 
-def extend(state: State, new: KeyValues, pattern: Pattern) -> KeyValues:
+def _names(index: int) -> tuple[str, str]:
+    suffix = str(index) if index else ""
+    return "keys" + suffix, "values" + suffix
+
+
+def extend(state: State, new: KeyValues, pattern: Pattern) -> KeyValues | HeadedKeyValues:
     """Write a call's keys and values into the state's cache and return all that the call may see.
 
-    `new` holds T tokens, the first of which is the token `state.length` of the sequence. With a
-    window the cache is a ring: position p stands in slot p mod S. Raises ContextError, before
-    anything is written, where a token that is still to be seen would be lost.
+    `new` holds T tokens, the first of which is the token `state.length` of the sequence. Raises
+    ContextError, before anything is written, where a token that is still to be seen would be lost.
     """
-    size = state.tensors["keys"].shape[2]
-    length, end = state.length, state.length + new.tokens
-    if end > size and (pattern.window is None or size < pattern.window):
-        raise ContextError(f"the cache of attention holds {size} tokens; this call needs {end}")
+    parts = pattern.parts(new.keys.shape[1])
+    end = state.length + new.tokens
+    for index, (_, part) in enumerate(parts):
+        size = state.tensors[_names(index)[0]].shape[2]
+        room = part.room(size)
+        if room is not None and end > room:
+            raise ContextError(f"the cache of attention holds {room} tokens; this call needs {end}")
+    seen, first = [], 0
+    for index, (heads, part) in enumerate(parts):
+        keys, values = (state.tensors[name] for name in _names(index))
+        own = new.heads(first, first + heads)
+        seen.append(_extend(keys, values, state.length, own, part))
+        first += heads
+    return seen[0] if len(seen) == 1 else HeadedKeyValues(tuple(seen))
+
+
+def _extend(
+    keys: Tensor, values: Tensor, length: int, new: KeyValues, pattern: HeadPattern
+) -> KeyValues:
+    size, end, device = keys.shape[2], length + new.tokens, keys.device
+    if new.tokens == 1:
+        slot = int(pattern.slots(torch.tensor([length]), size))
+        keys[:, :, slot : slot + 1] = new.keys
+        values[:, :, slot : slot + 1] = new.values
+        held = pattern.held(end, size)
+        layout = None if pattern.linear(end, size) else (pattern, size)
+        return KeyValues(keys[:, :, :held], values[:, :, :held], end, None, layout)
+    if pattern.linear(end, size):
+        keys[:, :, length:end] = new.keys
+        values[:, :, length:end] = new.values
+        return KeyValues(keys[:, :, :end], values[:, :, :end], end) if length else new
     seen = new
-    if end > size and new.tokens > 1:
-        # New tokens take the slots of tokens that the first of them still sees: copy those before.
-        past = min(length, size - 1)
-        if past > 0:
-            seen = _join(_held(state, length).last(past), new)
-    _write(state, new, size)
-    if length > 0 and (end <= size or new.tokens == 1):
-        seen = _held(state, end)
+    past = pattern.live(length, size)
+    if count(past):
+        # Before they are overwritten.
+        at = positions(past, device)
+        index = pattern.slots(at, size)
+        seen = KeyValues(
+            torch.cat((keys.index_select(2, index).to(new.keys.dtype), new.keys), 2),
+            torch.cat((values.index_select(2, index).to(new.values.dtype), new.values), 2),
+            end,
+            torch.cat((at, torch.arange(length, end, device=device))),
+        )
+    later = [range(max(r.start, length), r.stop) for r in pattern.live(end, size)]
+    at = positions(later, device)
+    index = pattern.slots(at, size)
+    keys.index_copy_(2, index, new.keys.index_select(2, at - length).to(keys.dtype))
+    values.index_copy_(2, index, new.values.index_select(2, at - length).to(values.dtype))
     return seen
-
-
-def _held(state: State, end: int) -> KeyValues:
-    """The tokens before `end` that the cache holds."""
-    keys, values = state.tensors["keys"], state.tensors["values"]
-    size = keys.shape[2]
-    if end <= size:
-        return KeyValues(keys[:, :, :end], values[:, :, :end])
-    return KeyValues(keys, values, end - size, end % size)
-
-
-def _join(old: KeyValues, new: KeyValues) -> KeyValues:
-    return KeyValues(
-        torch.cat((old.keys.to(new.keys.dtype), new.keys), 2),
-        torch.cat((old.values.to(new.values.dtype), new.values), 2),
-        old.first,
-    )
-
-
-def _write(state: State, new: KeyValues, size: int) -> None:
-    """The last min(T, S) tokens to their slots: two pieces where they pass the ring's end."""
-    kept = min(new.tokens, size)
-    skip = new.tokens - kept
-    slot = (state.length + skip) % size
-    head = min(kept, size - slot)
-    for name, source in (("keys", new.keys), ("values", new.values)):
-        buffer = state.tensors[name]
-        buffer[:, :, slot : slot + head] = source[:, :, skip : skip + head]
-        if head < kept:
-            buffer[:, :, : kept - head] = source[:, :, skip + head :]

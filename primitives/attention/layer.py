@@ -14,15 +14,18 @@ from torch import Tensor, nn
 
 from ...kernels.letters import BTD
 from ...kernels.short_conv import short_conv
-from ..base import Carry, Cost, Operator, State
+from ..base import BidirectionalError, Carry, Cost, Operator, State
 from ..norm import make_norm
 from ..position import Rotary
 from ..rope import RopeForm
+from ..sphere import Scale, unit
 from .attend import attend
 from .distance import DistanceForm
-from .keyvalues import KeyValues, extend, init_cache
-from .patterns import Pattern
+from .keyvalues import HeadedKeyValues, KeyValues, extend, init_cache
+from .patterns import Pattern, Span, Window
 from .score import ScoreForm, Scoring
+from .span import AdaptiveSpan
+from .tables import pairs
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class AttentionConfig:
     """Taps of the short convolution on queries, keys and values; 0 for none."""
     borrows: bool
     """No keys and values of its own: they come from an earlier slot."""
+    normalised: bool = False
+    """Queries and keys have length 1 and nGPT's learned scalings (arXiv 2410.01131)."""
 
     @property
     def query_width(self) -> int:
@@ -71,6 +76,15 @@ class AttentionConfig:
         return self.query_width if self.gate == "sigmoid" else 0
 
     @property
+    def causal(self) -> bool:
+        return self.pattern.causal
+
+    @property
+    def span(self) -> Span | None:
+        """The learned span of the pattern."""
+        return self.pattern.span if isinstance(self.pattern, Window) else None
+
+    @property
     def carries(self) -> str | None:
         """Raw scores can be added where heads and pattern agree."""
         return f"scores {self.heads} {self.pattern}" if self.score.residual else None
@@ -84,16 +98,28 @@ class AttentionConfig:
             params += entry + self.width
         if self.qk_norm:
             params += self.head_dim if self.borrows else 2 * self.head_dim
+        if self.normalised:
+            params += self.kv_heads * self.head_dim
         params += self.score.params(self.heads, self.head_dim, self.width)
-        seen = self.pattern.seen(context)
+        if self.span is not None:
+            params += self.heads
+        seen = self.pattern.seen(context) if self.causal else self._read(context)
         flops = 2.0 * (products + conv + 2 * self.query_width * seen)
         flops += self.score.flops(self.heads, self.width, seen)
         if self.distance is not None:
             params += self.distance.params
             flops += self.distance.flops(seen)
-        cached = self.kv_width * self.pattern.kept(context)
+        cached = 0 if self.borrows else 2 * self.head_dim * self._cached(context)
         taps = max(self.conv - 1, 0) * self.mixed_width
         return Cost(params, params, flops, (cached + taps) * dtype.itemsize)
+
+    def _cached(self, context: int) -> int:
+        return self.pattern.cached(self.kv_heads, context)
+
+    def _read(self, context: int) -> float:
+        """The keys that a query of a whole pass multiplies, on average over heads too."""
+        parts = self.pattern.parts(self.kv_heads)
+        return sum(n * pairs(part, context) for n, part in parts) / (self.kv_heads * context)
 
     def build(self) -> Attention | BorrowingAttention:
         return BorrowingAttention(self) if self.borrows else Attention(self)
@@ -110,10 +136,18 @@ class _Common(nn.Module):
         self.entry = nn.Linear(config.width, entry, bias=config.bias)
         self.exit = nn.Linear(config.query_width, config.width, bias=config.bias)
         self.q_norm = make_norm("rmsnorm", config.head_dim) if config.qk_norm else None
+        self.qk_scale: Scale | None = None
+        if config.normalised:
+            shape = (config.kv_heads, config.head_dim)
+            self.qk_scale = Scale(shape, 1.0, config.width**-0.5)
         self.rotary: Rotary | None = None
         if config.rope_channels:
             self.rotary = Rotary(config.rope_channels, config.rope_theta, config.rope_form)
         self.position = None if config.distance is None else config.distance.build()
+        self.span: AdaptiveSpan | None = None
+        if config.span is not None:
+            assert isinstance(config.pattern, Window)
+            self.span = AdaptiveSpan(config.pattern, config.heads)
         self.scoring = Scoring(config.score, config.heads, config.head_dim, config.width)
 
     def _project(self, x: BTD) -> tuple[Tensor, Tensor | None]:
@@ -124,23 +158,47 @@ class _Common(nn.Module):
         mixed, gate = torch.split(mixed, [self.config.mixed_width, self.config.gate_width], -1)
         return mixed, gate
 
+    def _rescaled(self, qk: Tensor) -> Tensor:
+        """nGPT's unit(q) s_qk and unit(k) s_qk (eq. 15, 16), after RoPE; qk (B, T, H or H + G, K).
+
+        Every head has its s_qk; queries that share a key-value head share its. The score
+        has the factor sqrt(K) there and 1/sqrt(K) here, so both are multiplied by sqrt(K) too.
+        """
+        if self.qk_scale is None:
+            return qk
+        config = self.config
+        scale = self.qk_scale() * config.head_dim**0.5
+        queries = scale.repeat_interleave(config.heads // config.kv_heads, 0)
+        scales = torch.cat((queries, scale))[: qk.shape[2]]
+        return unit(qk) * scales.to(qk.dtype)
+
     def _output(
-        self, x: BTD, q: Tensor, kv: KeyValues, gate: Tensor | None, carry: Carry | None
+        self,
+        x: BTD,
+        q: Tensor,
+        kv: KeyValues | HeadedKeyValues,
+        gate: Tensor | None,
+        carry: Carry | None,
     ) -> BTD:
         """x are the call's tokens, q is (B, T, H, K), normed and turned."""
         if self.position is not None:
             q = self.position.queries(q)
         score = self.scoring.begin(carry)
-        out = attend(q.transpose(1, 2), kv, self.config.pattern, score, self.position)
+        biases = self.position if self.span is None else self.span.beside(self.position)
+        out = attend(q.transpose(1, 2), kv, self.config.pattern, score, biases)
         out = self.scoring.finish(out.transpose(1, 2), x).flatten(2)
         if gate is not None:
             out = out * torch.sigmoid(gate)
         return self.exit(out)  # type: ignore[no-any-return]
 
     def auxiliary_loss(self) -> Tensor | None:
-        """What the last training call adds to the loss; None where no head is routed."""
+        """What training adds to the loss: the balance of routed heads of the last training call,
+        the penalty on learned spans; None where there is neither."""
         router = self.scoring.heads
-        return None if router is None else router.auxiliary_loss()
+        loss = None if router is None else router.auxiliary_loss()
+        if self.span is None:
+            return loss
+        return self.span.penalty() if loss is None else loss + self.span.penalty()
 
     def statistics(self) -> dict[str, list[float]]:
         """`head_load`: the share of tokens that chose each routed head, where heads are routed."""
@@ -149,7 +207,7 @@ class _Common(nn.Module):
 
 
 class Attention(_Common, Operator):
-    """Causal attention over the sequence's own keys and values.
+    """Attention over the sequence's own keys and values.
 
     Its state is a cache of keys (turned already, with RoPE) and values. Decoding writes into it in
     place, so run it without gradients, or without a backward pass through more than one call.
@@ -171,12 +229,15 @@ class Attention(_Common, Operator):
 
     def forward_lending(
         self, x: BTD, state: State | None = None, carry: Carry | None = None
-    ) -> tuple[BTD, State | None, KeyValues]:
+    ) -> tuple[BTD, State | None, KeyValues | HeadedKeyValues]:
         """As `forward`, and the keys and values that later slots may use in the same call.
 
-        Raises ContextError where the tokens do not fit in the state's cache.
+        Raises ContextError where the tokens do not fit in the state's cache, BidirectionalError for
+        a state where the pattern is not causal.
         """
         config = self.config
+        if state is not None and not config.causal:
+            raise BidirectionalError
         mixed, gate = self._project(x)
         tensors = {} if state is None else dict(state.tensors)
         if self.taps is not None:
@@ -192,21 +253,24 @@ class Attention(_Common, Operator):
             qk, v = torch.split(heads, [sum(counts[:2]), config.kv_heads], 2)
         if self.rotary is not None:
             qk = self.rotary(qk, 0 if state is None else state.length)
-        q, k = torch.split(qk, counts[:2], 2)
-        kv = KeyValues(k.transpose(1, 2), v.transpose(1, 2))
+        q, k = torch.split(self._rescaled(qk), counts[:2], 2)
+        own = KeyValues(k.transpose(1, 2), v.transpose(1, 2))
+        kv: KeyValues | HeadedKeyValues = own
         if state is not None:
-            kv = KeyValues(kv.keys, kv.values, state.length)
-            kv = extend(state, kv, config.pattern)
+            own = KeyValues(own.keys, own.values, state.length + x.shape[1])
+            kv = extend(state, own, config.pattern)
             state = State(state.length + x.shape[1], tensors)
         return self._output(x, q, kv, gate, carry), state, kv
 
     def init_state(
         self, batch: int, context: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> State:
-        """A cache for `context` tokens; sliding attention keeps a ring of its window."""
+        """A cache of what the pattern needs of `context` tokens."""
         config = self.config
-        size = config.pattern.kept(context)
-        tensors = init_cache(batch, config.kv_heads, config.head_dim, size, dtype, device)
+        if not config.causal:
+            raise BidirectionalError
+        pattern, heads, width = config.pattern, config.kv_heads, config.head_dim
+        tensors = init_cache(pattern, batch, heads, width, context, dtype, device)
         if config.conv:
             past = (batch, config.mixed_width, config.conv - 1)
             tensors["conv"] = torch.zeros(past, dtype=dtype, device=device)
@@ -216,7 +280,7 @@ class Attention(_Common, Operator):
 class BorrowingAttention(_Common):
     """Causal attention over the keys and values of an earlier slot (arXiv 2405.12981)."""
 
-    def forward_borrowing(self, x: BTD, kv: KeyValues) -> BTD:
+    def forward_borrowing(self, x: BTD, kv: KeyValues | HeadedKeyValues) -> BTD:
         """x (B, T, D) are the tokens of the call in which `kv` was lent."""
         mixed, gate = self._project(x)
         q = mixed.reshape(*x.shape[:2], -1, self.config.head_dim)
@@ -224,4 +288,4 @@ class BorrowingAttention(_Common):
             q = self.q_norm(q)
         if self.rotary is not None:
             q = self.rotary(q, kv.end - x.shape[1])
-        return self._output(x, q, kv, gate, None)
+        return self._output(x, self._rescaled(q), kv, gate, None)
