@@ -19,6 +19,7 @@ from .diagonal.gated_scan import GATED_SCAN
 from .diagonal.hgrn import HGRN
 from .diagonal.rwkv4 import RWKV4
 from .diagonal.s4 import STATE_SPACE
+from .diagonal.s5 import SHARED_STATE_SPACE
 from .diagonal.selective import SELECTIVE
 from .memory.axes import LEARNED_MEMORY
 from .memory.beside_axes import MEMORY_ATTENTION
@@ -37,6 +38,7 @@ CATALOGUE: tuple[Primitive, ...] = (
     MLSTM,
     SELECTIVE,
     STATE_SPACE,
+    SHARED_STATE_SPACE,
     GATED_SCAN,
     HGRN,
     RWKV4,
