@@ -323,7 +323,11 @@ def learned_memory(
     outer = torch.is_grad_enabled()
     for t in range(k.shape[1]):
         with torch.enable_grad():
-            start = [w if w.requires_grad else w.detach().requires_grad_() for w in learned.start]
+            # Tensors of their own: k and v are data, even where they were read from these weights.
+            start = [
+                w.view_as(w) if w.requires_grad else w.detach().requires_grad_()
+                for w in learned.start
+            ]
             error = f(start, k[:, t].to(dtype)) - v[:, t].to(dtype)
             loss = inner.scale * error.square().sum()
             slopes = torch.autograd.grad(loss, start, create_graph=outer)

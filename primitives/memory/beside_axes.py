@@ -102,7 +102,7 @@ MEMORY_ATTENTION = Primitive(
             view=View(
                 "y = Attn([p || M_b(q) || x]), S = eta_t S - theta_t grad l(M_b; y_t),"
                 " M = (1-alpha_t) M + S",
-                "the segment's tokens as they are; an MLP from keys to values of what attention said",
+                "the segment's tokens; an MLP from keys to values of attention's output",
                 "tokens leave attention with their segment; the memory decays as the token chooses",
                 "|M(k(y)) - v(y)|^2, gradient descent with momentum and weight decay",
             ),
