@@ -51,11 +51,14 @@ class Disagreement:
 
 
 def wide_space(width: int = 32) -> Space:
-    """Everything that the catalogue has: all names, all searched values of all axes."""
+    """Everything of the catalogue that decodes: all names, all searched values of all axes."""
     operators: dict[str, dict[str, list[Gene]]] = {}
     for primitive in CATALOGUE:
         for name in primitive.names():
             _, genes = resolve(name, {})
+            if genes.get("causal") is False:
+                # It reads the whole sequence: there is no second form.
+                continue
             operators[name] = {
                 axis.name: [genes[axis.name], *(v for v in axis.search if v != genes[axis.name])]
                 for axis in primitive.axes

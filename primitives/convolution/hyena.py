@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -20,7 +20,19 @@ from torch.nn import functional as F
 
 from ...kernels.letters import BTD
 from ...kernels.long_conv import long_conv
-from ..base import Axis, Cost, Gene, GeneError, Liv, Operator, Point, Primitive, Site, State
+from ..base import (
+    Axis,
+    Cost,
+    Gene,
+    GeneError,
+    Liv,
+    Operator,
+    Point,
+    Primitive,
+    Site,
+    State,
+    state_dtype,
+)
 from ..genes import number, whole
 from ..position import ContextError
 from ..recurrent_parts import ShortConv, at_least_float32, full_precision, short_conv_params
@@ -74,14 +86,31 @@ class HyenaConfig:
 class HyenaState(State):
     """`inputs` of the long convolutions, (B, N, D, S), and the short convolution's last, `conv`."""
 
-    filters: Tensor | None = None
-    """(N, D, S), the last tap first: the weights in another form and the same for all sequences,
-    so no part of a sequence's bytes."""
+    filters: Tensor = field(default_factory=lambda: torch.empty(0))
+    """(N, D, S), the last tap first, as far as the sequence has come: the weights in another form
+    and the same for all sequences, so no part of a sequence's bytes."""
 
     def clone(self) -> HyenaState:
-        return HyenaState(
-            self.length, {k: t.clone() for k, t in self.tensors.items()}, self.filters
-        )
+        kept = {k: t.clone() for k, t in self.tensors.items()}
+        return HyenaState(self.length, kept, self.filters.clone())
+
+    def keep(self, n: int, v: BTD, taps: Tensor) -> None:
+        """Write the inputs of the n-th convolution at the last T tokens, and its taps there."""
+        start, tokens = self.length - v.shape[1], v.shape[1]
+        self.tensors["inputs"][:, n, :, start : self.length] = v.mT
+        at = self.filters.shape[-1] - self.length
+        self.filters[n, :, at : at + tokens] = taps.flip(-1)
+
+    def convolved(self, n: int, tokens: int) -> Tensor:
+        """The n-th convolution at the last so many tokens, (B, tokens, D)."""
+        seen = self.tensors["inputs"][:, n, :, : self.length]
+        taps = self.filters[n, :, self.filters.shape[-1] - self.length :]
+        if tokens > 1:
+            return long_conv(seen.mT, taps.flip(-1))[:, -tokens:]
+        with full_precision(seen):
+            # Per channel (B, t) by (t, 1).
+            y = torch.bmm(seen.transpose(0, 1).to(taps.dtype), taps[..., None])
+        return y.permute(1, 2, 0)
 
 
 class Filters(nn.Module):
@@ -104,14 +133,15 @@ class Filters(nn.Module):
         c = self.config
         return torch.linspace(c.slow, c.fast, c.width, dtype=dtype, device=device)
 
-    def forward(self, tokens: int) -> Tensor:
-        """The taps of the positions 0..tokens-1, (N, D, tokens), in float32 at least."""
+    def forward(self, tokens: int, start: int = 0) -> Tensor:
+        """The taps of so many positions from `start` on, (N, D, tokens), in float32 at least."""
         c = self.config
         weight = at_least_float32(self.last.weight)
         with full_precision(weight):
             # float64: a late angle loses its digits in float32, and every layer's sine multiplies
             # the roundings before it by the frequency.
-            place = torch.arange(tokens, dtype=torch.float64, device=weight.device) / c.length
+            place = torch.arange(start, start + tokens, dtype=torch.float64, device=weight.device)
+            place = place / c.length
             bands = torch.arange(1, c.bands + 1, dtype=torch.float64, device=weight.device)
             angle = 2 * math.pi * place[:, None] * bands
             h = torch.cat((place[:, None], angle.cos(), angle.sin()), 1)
@@ -155,14 +185,14 @@ class Hyena(Operator):
             new = HyenaState(end, {"inputs": inputs}, state.filters)
         mixed, tail = self.conv(self.in_proj(x), held)
         v, *gates = mixed.split(c.width, dim=-1)
-        filters = self.filters(tokens) if new is None else None
+        filters = self.filters(tokens, 0 if state is None else state.length)
         for n, gate in enumerate(gates):
-            if new is None:
-                assert filters is not None
-                y = long_conv(v, filters[n])
+            if new is not None:
+                new.keep(n, v, filters[n])
+            if new is None or new.length == tokens > 1:
+                v = gate * long_conv(v, filters[n])
             else:
-                y = _continue(v, new, n)
-            v = gate * y
+                v = gate * new.convolved(n, tokens).to(v.dtype)
         out = self.out_proj(v)
         if new is not None:
             new.tensors["conv"] = tail
@@ -171,31 +201,16 @@ class Hyena(Operator):
     def init_state(
         self, batch: int, context: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> State:
-        """A cache for `context` tokens, and the filters' taps at so many positions."""
+        """A cache for `context` tokens, and room for the filters' taps at so many positions."""
         c = self.config
         shapes = {
             "inputs": (batch, c.order, c.width, context),
             "conv": (batch, c.streams, c.taps - 1),
         }
         tensors = {k: torch.zeros(s, dtype=dtype, device=device) for k, s in shapes.items()}
-        return HyenaState(0, tensors, self.filters(context).flip(-1).to(device))
-
-
-def _continue(v: BTD, state: HyenaState, n: int) -> BTD:
-    """The n-th long convolution at the last T of `state.length` tokens; its inputs are kept."""
-    assert state.filters is not None
-    end, tokens = state.length, v.shape[1]
-    cache, taps = state.tensors["inputs"][:, n], state.filters[n]
-    start = end - tokens
-    cache[..., start:end] = v.mT
-    if tokens > 1:
-        seen = v if start == 0 else torch.cat((cache[..., :start].mT.to(v.dtype), v), 1)
-        return long_conv(seen, taps.flip(-1))[:, start:]
-    with full_precision(v):
-        # Per channel (B, t) by (t, 1).
-        seen = cache[..., :end].transpose(0, 1).to(taps.dtype)
-        y = torch.bmm(seen, taps[:, taps.shape[1] - end :, None])
-    return y.permute(1, 2, 0).to(v.dtype)
+        wide = state_dtype(self.filters.last.weight.dtype)
+        taps = torch.zeros(c.order, c.width, context, dtype=wide, device=device)
+        return HyenaState(0, tensors, taps)
 
 
 def configure(site: Site, genes: Mapping[str, Gene]) -> HyenaConfig:
