@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from ..base import Axis, Config, Gene, GeneError, Liv, Point, Primitive, Site
 from ..genes import choice, flag, only, whole
 from .layer import AttentionConfig
+from .longformer import longformer
 from .pattern_axes import PATTERN_AXES, PATTERN_POINTS, pattern_of
 from .patterns import pattern_problem
 from .position_axes import POSITION_AXES, POSITION_POINTS, distance_of, position_of, rope_of
@@ -37,7 +38,10 @@ FORMS: dict[str, Callable[[Site, Mapping[str, Gene]], Config]] = {}
 def configure(site: Site, genes: Mapping[str, Gene]) -> Config:
     form = FORMS.get(choice(genes, "pattern"))
     if form is None:
-        return configure_plain(site, genes)
+        plain = configure_plain(site, genes)
+        if choice(genes, "pattern") == "global" and not plain.causal:
+            return longformer(plain)
+        return plain
     # Their layers weigh by a softmax of their own.
     only(genes, "pattern", {axis.name: axis.default for axis in SCORE_AXES})
     return form(site, genes)
