@@ -8,8 +8,9 @@ from ..base import Axis, Config, Gene, GeneError, Liv, Point, Primitive, Site
 from ..genes import choice, flag, only, whole
 from .layer import AttentionConfig
 from .longformer import longformer
+from .memory_axes import MEMORY_AXES, MEMORY_POINTS, memory_pattern, with_memory
 from .pattern_axes import PATTERN_AXES, PATTERN_POINTS, pattern_of
-from .patterns import pattern_problem
+from .patterns import Pattern, pattern_problem
 from .position_axes import POSITION_AXES, POSITION_POINTS, distance_of, position_of, rope_of
 from .score_axes import SCORE_AXES, SCORE_POINTS, score_form
 
@@ -38,7 +39,10 @@ FORMS: dict[str, Callable[[Site, Mapping[str, Gene]], Config]] = {}
 def configure(site: Site, genes: Mapping[str, Gene]) -> Config:
     form = FORMS.get(choice(genes, "pattern"))
     if form is None:
-        plain = configure_plain(site, genes)
+        memory = memory_pattern(genes)
+        plain = configure_plain(site, genes, memory)
+        if memory is not None:
+            return with_memory(plain, genes)
         if choice(genes, "pattern") == "global" and not plain.causal:
             return longformer(plain)
         return plain
@@ -47,8 +51,11 @@ def configure(site: Site, genes: Mapping[str, Gene]) -> Config:
     return form(site, genes)
 
 
-def configure_plain(site: Site, genes: Mapping[str, Gene]) -> AttentionConfig:
-    """Attention over keys and values of heads, by a pattern that positions alone decide."""
+def configure_plain(
+    site: Site, genes: Mapping[str, Gene], pattern: Pattern | None = None
+) -> AttentionConfig:
+    """Attention over keys and values of heads, by a pattern that positions alone decide: the given
+    one, or the genes'."""
     heads, head_dim = whole(genes, "heads"), whole(genes, "head_dim")
     kv_heads = whole(genes, "kv_heads") or heads
     if heads % kv_heads:
@@ -66,7 +73,7 @@ def configure_plain(site: Site, genes: Mapping[str, Gene]) -> AttentionConfig:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        pattern=pattern_of(genes, kv_heads, position),
+        pattern=pattern_of(genes, kv_heads, position) if pattern is None else pattern,
         score=score_form(site, genes, heads, kv_heads),
         position=position,
         rope_theta=theta,
@@ -101,6 +108,7 @@ ATTENTION = Primitive(
         ),
         Axis("head_dim", 0, "width of a head; 0 for width / heads", low=0.0, high=1024.0),
         *PATTERN_AXES,
+        *MEMORY_AXES,
         *POSITION_AXES,
         Axis(
             "qk_norm",
@@ -134,6 +142,7 @@ ATTENTION = Primitive(
         Point("gqa", {"kv_heads": 2}, "Ainslie et al., arXiv 2305.13245"),
         Point("mqa", {"kv_heads": 1}, "Shazeer, arXiv 1911.02150"),
         *PATTERN_POINTS,
+        *MEMORY_POINTS,
         *SCORE_POINTS,
         *POSITION_POINTS,
     ),

@@ -244,7 +244,18 @@ class Attention(_Common, Operator):
             mixed, past = short_conv(mixed, self.taps, None, tensors.get("conv"))
             if state is not None:
                 tensors["conv"] = past
-        heads = mixed.reshape(*x.shape[:2], -1, config.head_dim)
+        q, own = self._heads(mixed, 0 if state is None else state.length)
+        kv: KeyValues | HeadedKeyValues = own
+        if state is not None:
+            kv = extend(state, own, config.pattern)
+            state = State(state.length + x.shape[1], tensors)
+        return self._output(x, q, kv, gate, carry), state, kv
+
+    def _heads(self, mixed: Tensor, start: int) -> tuple[Tensor, KeyValues]:
+        """Queries (B, T, H, K) and keys and values from their product (B, T, mixed_width), normed
+        and turned; the first token's position is `start`."""
+        config = self.config
+        heads = mixed.unflatten(-1, (-1, config.head_dim))
         counts = [config.heads, config.kv_heads, config.kv_heads]
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = torch.split(heads, counts, 2)
@@ -252,15 +263,10 @@ class Attention(_Common, Operator):
         else:
             qk, v = torch.split(heads, [sum(counts[:2]), config.kv_heads], 2)
         if self.rotary is not None:
-            qk = self.rotary(qk, 0 if state is None else state.length)
+            qk = self.rotary(qk, start)
         q, k = torch.split(self._rescaled(qk), counts[:2], 2)
-        own = KeyValues(k.transpose(1, 2), v.transpose(1, 2))
-        kv: KeyValues | HeadedKeyValues = own
-        if state is not None:
-            own = KeyValues(own.keys, own.values, state.length + x.shape[1])
-            kv = extend(state, own, config.pattern)
-            state = State(state.length + x.shape[1], tensors)
-        return self._output(x, q, kv, gate, carry), state, kv
+        stop = start + mixed.shape[1] if start else None
+        return q, KeyValues(k.transpose(1, 2), v.transpose(1, 2), stop)
 
     def init_state(
         self, batch: int, context: int, dtype: torch.dtype, device: torch.device | str = "cpu"

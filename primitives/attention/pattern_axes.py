@@ -23,6 +23,9 @@ PATTERNS = (
 )
 """Those that positions alone decide."""
 
+REMEMBERING = ("transformer-xl",)
+"""Those with a memory beyond the segment, see memory_axes.py."""
+
 BOTH_WAYS = ("full", "sliding", "global", "bigbird", "multi-scale")
 """Those that can also read later tokens."""
 
@@ -36,8 +39,9 @@ PATTERN_AXES = (
         "which earlier tokens a token sees: all; a sliding window; a window and global tokens; a"
         " dilated window; its own chunk; Sparse Transformer's strided or fixed pattern, one half of"
         " the key-value heads local, the other reading far; BigBird's blocks; windows that double"
-        " from head to head; a window whose span is learned",
-        options=PATTERNS,
+        " from head to head; a window whose span is learned; a segment and a memory of earlier ones"
+        " (transformer-xl, compressive, memformer)",
+        options=(*PATTERNS, *REMEMBERING),
         search=("full", "sliding", "dilated", "chunked", "fixed", "bigbird", "multi-scale"),
     ),
     Axis(

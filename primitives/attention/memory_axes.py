@@ -1,0 +1,63 @@
+"""Axes and points of attention with a memory beyond its segment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from ..base import Axis, Gene, GeneError, Point
+from ..genes import choice, only, whole
+from .layer import AttentionConfig
+from .pattern_axes import REMEMBERING
+from .patterns import Pattern
+from .segments import SegmentConfig, Segments
+
+MEMORY_AXES = (
+    Axis(
+        "segment",
+        16,
+        "tokens of a segment: with transformer-xl, compressive and memformer the memory moves on "
+        "at its end",
+        low=1.0,
+        high=65536.0,
+        search=(16, 32),
+    ),
+    Axis(
+        "memory",
+        16,
+        "transformer-xl, compressive: tokens before its segment that a token sees, without"
+        " gradients into them",
+        low=0.0,
+        high=1e6,
+        search=(16, 64),
+    ),
+)
+
+MEMORY_POINTS = (
+    Point(
+        "transformer-xl",
+        {"pattern": "transformer-xl", "position": "xl"},
+        "Dai et al., arXiv 1901.02860",
+        "The state holds keys and values where the paper keeps inputs and projects them again.",
+    ),
+)
+
+
+def memory_pattern(genes: Mapping[str, Gene]) -> Pattern | None:
+    """What a token sees of the tokens themselves; None for patterns without such a memory."""
+    name = choice(genes, "pattern")
+    if name not in REMEMBERING:
+        return None
+    # A convolution would read the inputs of earlier segments.
+    only(genes, "pattern", {"conv": 0, "causal": True})
+    return Segments(whole(genes, "segment"), whole(genes, "memory"))
+
+
+def with_memory(plain: AttentionConfig, genes: Mapping[str, Gene]) -> AttentionConfig:
+    """The config of a form with a memory, from plain attention with `memory_pattern`'s."""
+    name = choice(genes, "pattern")
+    if plain.borrows:
+        raise GeneError(f"pattern={name} keeps a memory of its own: it borrows no keys and values")
+    same: dict[str, Any] = {field.name: getattr(plain, field.name) for field in fields(plain)}
+    return SegmentConfig(**same)
