@@ -17,12 +17,14 @@ from .convolution.short_conv import SHORT_CONV
 from .convolution.token_mlp import TOKEN_MLP
 from .diagonal.gated_scan import GATED_SCAN
 from .diagonal.hgrn import HGRN
+from .diagonal.mega import MEGA
 from .diagonal.rwkv4 import RWKV4
 from .diagonal.s4 import STATE_SPACE
 from .diagonal.s5 import SHARED_STATE_SPACE
 from .diagonal.selective import SELECTIVE
 from .memory.axes import LEARNED_MEMORY
 from .memory.beside_axes import MEMORY_ATTENTION
+from .memory.continuum import CONTINUUM
 from .nearest import unknown
 from .recurrence.delta_axes import DELTA
 from .recurrence.matrix_axes import RECURRENCE
@@ -39,12 +41,14 @@ CATALOGUE: tuple[Primitive, ...] = (
     SELECTIVE,
     STATE_SPACE,
     SHARED_STATE_SPACE,
+    MEGA,
     GATED_SCAN,
     HGRN,
     RWKV4,
     NONLINEAR,
     LEARNED_MEMORY,
     MEMORY_ATTENTION,
+    CONTINUUM,
     SHORT_CONV,
     CONV_BLOCK,
     HYENA,

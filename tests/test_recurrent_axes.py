@@ -15,8 +15,10 @@ from mendel.primitives.base import Gene, GeneError, Operator, Primitive, Site, i
 from mendel.primitives.convolution.short_conv import SHORT_CONV
 from mendel.primitives.diagonal.gated_scan import GATED_SCAN
 from mendel.primitives.diagonal.hgrn import HGRN
+from mendel.primitives.diagonal.mega import MEGA
 from mendel.primitives.diagonal.rwkv4 import RWKV4
 from mendel.primitives.diagonal.s4 import STATE_SPACE
+from mendel.primitives.diagonal.s5 import SHARED_STATE_SPACE
 from mendel.primitives.diagonal.selective import SELECTIVE
 from mendel.primitives.recurrence.delta_axes import DELTA
 from mendel.primitives.recurrence.matrix_axes import RECURRENCE
@@ -33,6 +35,8 @@ PRIMITIVES = (
     MLSTM,
     SELECTIVE,
     STATE_SPACE,
+    SHARED_STATE_SPACE,
+    MEGA,
     GATED_SCAN,
     HGRN,
     RWKV4,
@@ -132,7 +136,7 @@ def test_autocast_keeps_the_state_in_float32(primitive: Primitive, genes: dict[s
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
     assert state is not None
     dtypes = {name: t.dtype for name, t in state.tensors.items()}
-    for inputs in ("conv", "shift"):
+    for inputs in ("conv", "shift", "keys", "values"):
         assert dtypes.pop(inputs, torch.bfloat16) == torch.bfloat16
     assert set(dtypes.values()) <= {torch.float32}
 
