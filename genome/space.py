@@ -346,6 +346,17 @@ class Space(_Part):
         kind = "mixer" if index % 2 == 0 else "channel"
         return {n: ranges for n, ranges in self.operators.items() if find(n)[0].kind == kind}
 
+    def readers_ahead(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        """Where the space allows an operator that reads later tokens: the keys below `space`, and
+        which operator, in words that a sentence begins with."""
+        for name, ranges in self.operators.items():
+            if (words := _reads_ahead(name, ranges)) is not None:
+                yield ("operators", name), words
+        for i, rule in enumerate(self.slots):
+            for name, own in rule.operators.items():
+                if own is not None and (words := _reads_ahead(name, own)) is not None:
+                    yield ("slots", i, "operators", name), words
+
     def size(self) -> int:
         """How many genomes the space holds, sharing aside: an upper bound, for `--dry-run`.
 
@@ -394,6 +405,14 @@ def first_buildable(names: Sequence[str], operators: Mapping[str, Ranges], site:
             if fits(op, site):
                 return op
     return None
+
+
+def _reads_ahead(name: str, ranges: Ranges) -> str | None:
+    """That the operator can read later tokens, in words, where some of its values let it."""
+    own = own_genes(name)
+    if "causal" not in own or False not in ranges.get("causal", (own["causal"],)):
+        return None
+    return f"{name}{' with causal=false' if own['causal'] else ''} reads later tokens"
 
 
 def _problem(name: str, ranges: Ranges, site: Site) -> str:

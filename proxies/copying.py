@@ -58,4 +58,5 @@ def make_copying(settings: CopyingSettings, seed: int) -> FiniteTask:
         targets[:, -count:] = wanted
         return Examples(inputs, targets, targets)
 
-    return FiniteTask(NAME, settings, seed, draw, answers=tokens)
+    # The answers stand before the blanks that ask for them, and nowhere after.
+    return FiniteTask(NAME, settings, seed, draw, answers=tokens, bidirectional=True)

@@ -79,11 +79,13 @@ class FiniteTask:
         seed: int,
         draw: Draw,
         answers: int,
+        bidirectional: bool = False,
     ) -> None:
         self._name = name
         self._settings = settings
         self._seed = seed
         self._chance = 1.0 / answers
+        self._bidirectional = bidirectional
         train = draw(generator(seed, name, "train"), settings.train_examples)
         self.train_inputs, self.train_targets = train.inputs, train.targets
         test = _disjoint(name, draw, generator(seed, name, "test"), settings.test_examples, train)
@@ -106,6 +108,10 @@ class FiniteTask:
     def chance(self) -> float:
         """The score of a uniform guess among the tokens that can be an answer."""
         return self._chance
+
+    @property
+    def bidirectional(self) -> bool:
+        return self._bidirectional
 
     def describe(self) -> dict[str, Any]:
         return {"task": self._name, "seed": self._seed, **self._settings.model_dump()}

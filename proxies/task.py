@@ -12,8 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..genome.genome import Genome
+from ..genome.resolve import acausal
+
 IGNORE = -100
 """A target that carries no loss and no score; torch's default `ignore_index`."""
+
+LEAKS = "next-token tasks such as {task} would leak (masked-text takes it)"
+"""The end of the sentence about a design that reads later tokens."""
 
 
 class ProxyError(ValueError):
@@ -32,7 +38,8 @@ class Task(Protocol):
     """Seeded data, a loss by its targets, and a score. Immutable: one task serves many trainings.
 
     `length` is T, the tokens that a model reads per sequence. `chance` is the score of a model that
-    guesses uniformly.
+    guesses uniformly. `bidirectional` says that a genome which reads later tokens can train on it:
+    what a position is to predict is not among the inputs after it.
     """
 
     @property
@@ -43,6 +50,8 @@ class Task(Protocol):
     def length(self) -> int: ...
     @property
     def chance(self) -> float: ...
+    @property
+    def bidirectional(self) -> bool: ...
 
     def train_batch(self, step: int, batch: int) -> Batch:
         """The batch of that step: a pure function of the task's seed, the step and the size."""
@@ -57,6 +66,15 @@ class Task(Protocol):
     def describe(self) -> dict[str, Any]:
         """Everything that decides the data, as JSON: name, settings, seed, fingerprints."""
         ...
+
+
+def leak(genome: Genome, task: str, bidirectional: bool) -> str | None:
+    """Why the genome cannot train on the task of that name, as a sentence; None where it can.
+
+    Raises GeneError where an operator cannot be built.
+    """
+    words = None if bidirectional else acausal(genome)
+    return None if words is None else f"{words}; {LEAKS.format(task=task)}"
 
 
 def generator(seed: int, *stream: int | str) -> np.random.Generator:

@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from . import copying, recall, text
+from . import copying, masked, recall, text
 from .task import ProxyError, Task
 
 
@@ -31,6 +31,8 @@ class TaskRow:
     settings: type[BaseModel]
     make: Callable[[Any, int], Task]
     """From an instance of `settings` and a seed."""
+    bidirectional: bool = False
+    """The task's own `bidirectional`, known before it is made."""
 
 
 _MAD = "MAD, arXiv 2403.17844"
@@ -51,6 +53,7 @@ _ROWS = (
         "accuracy per copied token",
         copying.CopyingSettings,
         copying.make_copying,
+        bidirectional=True,
     ),
     TaskRow(
         text.NAME,
@@ -59,6 +62,15 @@ _ROWS = (
         "1 - bits per byte / 8, at least 0",
         text.TextSettings,
         text.make_text,
+    ),
+    TaskRow(
+        masked.NAME,
+        "hidden bytes of the same text, from both sides; for designs that read later tokens too",
+        "masked language modelling (BERT, arXiv 1810.04805) on bytes",
+        "1 - bits per hidden byte / 8, at least 0",
+        masked.MaskedSettings,
+        masked.make_masked,
+        bidirectional=True,
     ),
 )
 

@@ -59,17 +59,21 @@ class TextTask:
     each starts without context.
     """
 
+    _more = 1
+    """Bytes of a window beyond those that a model reads."""
+
     def __init__(self, settings: TextSettings, seed: int, corpus: Corpus) -> None:
         self._settings = settings
         self._seed = seed
         self.corpus_fingerprint = corpus.fingerprint()
         self.train_text, self.test_text, self.held_out = split_corpus(corpus)
-        window = settings.length + 1
+        window = settings.length + self._more
+        need = "length + 1" if self._more else "length"
         for part, name in ((self.train_text, "training"), (self.test_text, "held-out")):
             if len(part) < window:
                 raise ProxyError(
                     f"text {corpus.source}: its {name} part has {len(part)} bytes, fewer than "
-                    f"length + 1 = {window}; give a longer text or a smaller length"
+                    f"{need} = {window}; give a longer text or a smaller length"
                 )
         fits = len(self.test_text) // window
         windows = min(fits, math.ceil(settings.test_bytes / settings.length))
@@ -92,9 +96,13 @@ class TextTask:
     def chance(self) -> float:
         return 0.0
 
+    @property
+    def bidirectional(self) -> bool:
+        return False
+
     def describe(self) -> dict[str, Any]:
         return {
-            "task": NAME,
+            "task": self.name,
             "seed": self._seed,
             **self._settings.model_dump(),
             "corpus_fingerprint": self.corpus_fingerprint,
@@ -103,11 +111,15 @@ class TextTask:
 
     def train_batch(self, step: int, batch: int) -> Batch:
         """`batch` windows that begin at uniform places of the training part."""
-        window = self.length + 1
         rng = generator(self._seed, NAME, "windows", step)
-        starts = rng.integers(0, len(self.train_text) - window + 1, batch)
-        windows = torch.from_numpy(_windows(self.train_text, starts, window))
+        windows = torch.from_numpy(self._draw(rng, batch))
         return Batch(windows[:, :-1], windows[:, 1:])
+
+    def _draw(self, rng: np.random.Generator, batch: int) -> NDArray[np.int64]:
+        """Windows from uniform places of the training part."""
+        window = self.length + self._more
+        starts = rng.integers(0, len(self.train_text) - window + 1, batch)
+        return _windows(self.train_text, starts, window)
 
     def evaluate(
         self, model: nn.Module, batch: int, device: torch.device | str = "cpu"
@@ -125,15 +137,19 @@ class TextTask:
                 loss += F.cross_entropy(logits, targets, reduction="sum")
                 hits += (logits.argmax(-1) == targets).sum()
         count = self.test_windows[:, 1:].size
-        nats = float(loss) / count
-        bits = nats / math.log(2)
-        return {
-            # Written so that nan stays nan.
-            "score": 0.0 if bits > 8 else 1 - bits / 8,
-            "bits_per_byte": bits,
-            "loss": nats,
-            "accuracy": int(hits) / count,
-        }
+        return byte_metrics(float(loss) / count, int(hits) / count)
+
+
+def byte_metrics(nats: float, accuracy: float) -> dict[str, float]:
+    """The metrics of a task on bytes from the loss per scored byte and the share that was right."""
+    bits = nats / math.log(2)
+    return {
+        # Written so that nan stays nan.
+        "score": 0.0 if bits > 8 else 1 - bits / 8,
+        "bits_per_byte": bits,
+        "loss": nats,
+        "accuracy": accuracy,
+    }
 
 
 def split_corpus(corpus: Corpus) -> tuple[NDArray[np.uint8], NDArray[np.uint8], str]:

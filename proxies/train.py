@@ -18,7 +18,7 @@ from ..genome.genome import Genome
 from ..genome.model import LanguageModel, build
 from . import checkpoint
 from .recipe import TrainConfig, autocast, learning_rate, make_optimizer, resolve_dtype
-from .task import IGNORE, ProxyError, Task
+from .task import IGNORE, ProxyError, Task, leak
 
 DIVERGED_FACTOR = 4.0
 """A loss above this multiple of the first one (or of a uniform guess, whichever is more) ..."""
@@ -228,7 +228,8 @@ class Training:
     before, nats) and `lr`, and, for each evaluation, of `step`, `tokens`, `seconds` and `eval`
     (the task's metrics).
 
-    Raises GeneError where the genome is invalid and ProxyError where the device lacks the dtype.
+    Raises GeneError where the genome is invalid and ProxyError where it reads later tokens and the
+    task predicts them, or the device lacks the dtype.
     """
 
     def __init__(
@@ -241,6 +242,9 @@ class Training:
         seed: int,
         device: str = "cpu",
     ) -> None:
+        problem = leak(genome, task.name, task.bidirectional)
+        if problem is not None:
+            raise ProxyError(problem)
         self.genome, self.task, self.train = genome, task, train
         self.steps, self.batch, self.seed = steps, batch, seed
         self.device = torch.device(device)

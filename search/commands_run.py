@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from ..proxies.recipe import TrainConfig
+from ..proxies.task import leak
 from ..proxies.tasks import TASKS, ProxyConfig, find_task
 from .commands_result import print_outcome
 from .driver import Interrupted, search
@@ -170,6 +171,9 @@ def train(
     config = _proxy(source, proxy, steps, batch, settings or [])
     plan = Plan(source.genome, source.name, config, _recipe(source, lr), _device(device))
     chosen = _seeds(seeds)
+    problem = leak(plan.genome, config.task, TASKS[config.task].bidirectional)
+    if problem is not None:
+        raise Mistake(f"--proxy: {problem}")
     claim(plan, out)
     screen = console(stderr=True)
     with screen.status("", spinner="line") as status:

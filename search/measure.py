@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from ..genome.genome import Genome
 from ..genome.model import LanguageModel, build
+from ..genome.resolve import is_causal
 from ..kernels.backend import used_backends
 from ..primitives.base import DTYPES
 from ..proxies.train import TimeLimit
@@ -87,10 +88,12 @@ def _prefill(
     model = _stand_alone(genome, settings.dtype, device).eval()
     tokens = _tokens(genome, settings.batch, settings.context, device)
     state = None
+    causal = is_causal(genome)
 
     def prepare() -> None:
         nonlocal state
-        state = model.init_state(settings.batch, settings.context)
+        # A design that reads later tokens has no state: it reads the context in one pass.
+        state = model.init_state(settings.batch, settings.context) if causal else None
 
     with torch.inference_mode():
         times = _repeat(lambda: model(tokens, state), device, deadline, prepare)

@@ -23,12 +23,13 @@ from ..genome import presets
 from ..genome.genome import Genome
 from ..genome.notation import parse
 from ..genome.quantity import Bytes
+from ..genome.resolve import acausal
 from ..genome.rules import require_valid
 from ..genome.space import Space
 from ..genome.space_check import SpaceError, check_space
 from ..primitives.base import GeneError
 from ..proxies.recipe import TrainConfig
-from ..proxies.task import ProxyError
+from ..proxies.task import LEAKS, ProxyError
 from ..proxies.tasks import TASKS, ProxyConfig, make_task
 from .objectives import Goal, ObjectiveChoice, QualitySettings, ScoreSettings, goals, spelled_out
 from .study_check import missing_device, unloadable, unopenable, unwritable
@@ -283,6 +284,26 @@ def _task_keys(key: tuple[str | int, ...], data: dict[str, Any]) -> list[str] | 
     return ["task", "steps", "batch", *settings]
 
 
+def _leak(study: Study) -> tuple[Key, str] | None:
+    """The first design that the study allows though it reads later tokens where a proxy predicts
+    them or an objective decodes: its key, and why that cannot be."""
+    ends = [
+        LEAKS.format(task=f"{proxy.task} (proxies.{name})")
+        for name, proxy in study.proxies.items()
+        if not TASKS[proxy.task].bidirectional
+    ]
+    decoded = any(goal.objective.name == "latency_decode" for goal in study.goals)
+    ends += ["it decodes nothing, so it has no latency_decode"] if decoded else []
+    if not ends:
+        return None
+    for place, words in study.space.readers_ahead():
+        return ("space", *place), f"{words}; {ends[0]}"
+    for index, baseline in enumerate(study.baselines):
+        if (words := acausal(baseline_genome(baseline, study.space))) is not None:
+            return ("baselines", index), f"{words}; {ends[0]}"
+    return None
+
+
 def _check(study: Study, file: StudyFile) -> None:
     """What only a look at the machine or a draw from the space can tell."""
     for index, baseline in enumerate(study.baselines):
@@ -292,6 +313,8 @@ def _check(study: Study, file: StudyFile) -> None:
             chosen = "baselines" in study.model_fields_set
             hint = "" if chosen else f" ({baseline.name} runs unless baselines: names others or [])"
             raise file.error(("baselines", index), f"{error}{hint}") from None
+    if (leak := _leak(study)) is not None:
+        raise file.error(*leak)
     try:
         check_space(study.space, seed=study.search.seed)
     except SpaceError as error:

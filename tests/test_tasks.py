@@ -270,7 +270,7 @@ class TestBoth:
 
 class TestTable:
     def test_rows(self) -> None:
-        assert list(TASKS) == ["in-context-recall", "selective-copying", "byte-text"]
+        assert list(TASKS) == ["in-context-recall", "selective-copying", "byte-text", "masked-text"]
         for name, row in TASKS.items():
             assert row.name == name
             assert row.summary
