@@ -15,6 +15,7 @@ from ..genome.files import from_dict, to_dict
 from ..genome.genome import Genome
 from ..genome.hash import canonical_hash
 from ..genome.notation import show as notation
+from ..genome.residual import norms_of
 from ..primitives.base import DTYPES, Cost
 from .draw import drawing
 from .front import shown_value
@@ -90,12 +91,21 @@ def describe(genome: Genome, counted: ModelCost, context: int, dtype: str) -> di
     }
 
 
+def _stream(genome: Genome) -> str:
+    """Norm, placement and residual form, as far as they have an effect and are not the default."""
+    norm, placement = norms_of(genome)
+    words = "no norm" if norm == "none" else f"{norm} ({placement})"
+    if genome.residual == "ngpt":
+        return "residual ngpt"
+    return words if genome.residual == "plain" else f"{words} · residual {genome.residual}"
+
+
 def _facts(genome: Genome) -> str:
     parts = [
         f"width {genome.width}",
         f"{len(genome.slots)} slots",
         f"position {genome.position}",
-        f"{genome.norm} ({genome.placement})",
+        _stream(genome),
         "tied" if genome.tied else "untied",
     ]
     return " · ".join(parts)
@@ -210,7 +220,7 @@ def compare(
     rows = [
         ["width", *(str(s.genome.width) for s in sources)],
         ["slots", *(str(len(s.genome.slots)) for s in sources)],
-        ["position, norm", *(f"{s.genome.position}, {s.genome.norm}" for s in sources)],
+        ["position, norm", *(f"{s.genome.position}, {_stream(s.genome)}" for s in sources)],
         ["parameters", *(count_text(d["params"]) for d in described)],
         ["active", *(count_text(d["active_params"]) for d in described)],
         ["FLOPs per token", *(count_text(d["flops_per_token"]) for d in described)],

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from rich.text import Text
 
+from ..genome.residual import final_norm
 from ..primitives.base import Cost
 from .outline import Block, Box, Link, Outline, Row
 from .terminal import ascii_text
@@ -98,7 +99,8 @@ def drawing(content: Outline, width: int = 80, unicode: bool = True) -> list[Tex
     edges: dict[int, int] = {}
     for block in content.blocks:
         _block(canvas, layout, block, middles, edges)
-    norm = "" if genome.placement == "post" else f"{genome.norm} · "
+    last = final_norm(genome)
+    norm = "" if last == "none" else f"{last} · "
     _end_box(canvas, layout, f"{norm}logits{' (tied)' if genome.tied else ''}", False)
     _costs(canvas, layout, len(canvas.rows) - 2, content.cost.head)
     _rails(canvas, layout, rails, middles, edges)

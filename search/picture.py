@@ -10,6 +10,7 @@ import textwrap
 from dataclasses import dataclass, field
 from html import escape
 
+from ..genome.residual import final_norm
 from .outline import Block, Box, Link, Outline, Row
 from .units import bytes_text, count_text
 
@@ -80,7 +81,8 @@ def picture(content: Outline, title: str) -> str:
         _block(sheet, block, numbers, places)
     _stem(sheet, _LEFT + _BOXES / 2, sheet.y, sheet.y + _GAP)
     sheet.y += _GAP
-    norm = "" if genome.placement == "post" else f"{genome.norm} · "
+    last = final_norm(genome)
+    norm = "" if last == "none" else f"{last} · "
     _end(sheet, f"{norm}logits{' (tied)' if genome.tied else ''}")
     head = content.cost.head
     _numbers(sheet, numbers, sheet.y - 11, head.params, 0, head.flops_per_token)

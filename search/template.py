@@ -20,8 +20,9 @@ space:
   width: 64                    # a number, or a list to choose from
   depth: [4, 6]                # least and most slots
   position: [rope]             # also: alibi, t5, xl, learned, sinusoidal, none
-  norm: [rmsnorm]              # also: layernorm
+  norm: [rmsnorm]              # also: layernorm, dyt, none
   placement: [pre]             # also: post, sandwich
+  residual: [plain]            # also: layerscale, rezero, reversible, ngpt
   operators:                   # what a slot may hold; lists are ranges of an axis
     gqa: {{heads: [4], kv_heads: [1, 2]}}
     swa: {{heads: [4], window: [32]}}
