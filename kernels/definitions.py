@@ -305,32 +305,10 @@ def learned_memory(
     """S_t = eta_t S_{t-1} - theta_t grad l(W_start; k_t, v_t), W_t = (1 - alpha_t) W_{t-1} + S_t,
     o_t = f(q_t; W_t); the gradient is autograd's."""
     dtype = learned.now[0].dtype
-
-    def f(weights: list[Tensor], x: Tensor) -> Tensor:
-        h = x
-        for i, weight in enumerate(weights):
-            if i:
-                h = F.gelu(h) if inner.activation == "gelu" else F.silu(h)
-            if inner.bias:
-                h = torch.cat((h, torch.ones_like(h[..., :1])), -1)
-            h = torch.einsum("bhi,bhio->bho", h, weight)
-        if inner.form == "residual-norm":
-            assert norm is not None
-            h = F.layer_norm(h, h.shape[-1:], eps=NORM_EPS) * norm[0] + norm[1]
-        return h if inner.form == "plain" else x + h
-
     out = []
-    outer = torch.is_grad_enabled()
     for t in range(k.shape[1]):
-        with torch.enable_grad():
-            # Tensors of their own: k and v are data, even where they were read from these weights.
-            start = [
-                w.view_as(w) if w.requires_grad else w.detach().requires_grad_()
-                for w in learned.start
-            ]
-            error = f(start, k[:, t].to(dtype)) - v[:, t].to(dtype)
-            loss = inner.scale * error.square().sum()
-            slopes = torch.autograd.grad(loss, start, create_graph=outer)
+        k_, v_ = k[:, t].to(dtype), v[:, t].to(dtype)
+        slopes = _inner_gradient(inner, learned.start, k_, v_, norm)
         theta = rate[:, t, :, None, None].to(dtype)
         steps = [-theta * slope for slope in slopes]
         if learned.momentum is not None and log_momentum is not None:
@@ -342,10 +320,62 @@ def learned_memory(
         now = [kept * w + s for w, s in zip(learned.now, steps, strict=True)]
         learned = Learned(learned.start, now, None if learned.momentum is None else steps)
         if q is not None:
-            out.append(f(now, q[:, t].to(dtype)))
+            out.append(_inner_model(inner, now, q[:, t].to(dtype), norm))
         if (phase + t + 1) % batch_tokens == 0:
             learned = learned.next_batch()
     return (torch.stack(out, dim=1) if q is not None else None), learned
+
+
+def slow_memory(
+    x: BTHK,
+    v: BTHV,
+    rate: BTH,
+    inner: Inner,
+    norm: Norm,
+    weights: list[Tensor],
+    pending: list[Tensor],
+    chunk: int,
+    phase: int,
+) -> tuple[BTHV, list[Tensor], list[Tensor]]:
+    """o_t = f(x_t; W); at the end of a chunk W = W - sum_t theta_t grad |f(x_t; W) - v_t|^2."""
+    dtype = weights[0].dtype
+    out = []
+    for t in range(x.shape[1]):
+        x_, theta = x[:, t].to(dtype), rate[:, t, :, None, None].to(dtype)
+        out.append(_inner_model(inner, weights, x_, norm))
+        slopes = _inner_gradient(inner, weights, x_, v[:, t].to(dtype), norm)
+        pending = [p + theta * s for p, s in zip(pending, slopes, strict=True)]
+        if (phase + t + 1) % chunk == 0:
+            weights = [w - p for w, p in zip(weights, pending, strict=True)]
+            pending = [torch.zeros_like(p) for p in pending]
+    return torch.stack(out, dim=1), weights, pending
+
+
+def _inner_model(inner: Inner, weights: list[Tensor], x: Tensor, norm: Norm) -> Tensor:
+    """f(x), (B, H, K) to (B, H, V), written out once more for the definitions."""
+    h = x
+    for i, weight in enumerate(weights):
+        if i:
+            h = F.gelu(h) if inner.activation == "gelu" else F.silu(h)
+        if inner.bias:
+            h = torch.cat((h, torch.ones_like(h[..., :1])), -1)
+        h = torch.einsum("bhi,bhio->bho", h, weight)
+    if inner.form == "residual-norm":
+        assert norm is not None
+        h = F.layer_norm(h, h.shape[-1:], eps=NORM_EPS) * norm[0] + norm[1]
+    return h if inner.form == "plain" else x + h
+
+
+def _inner_gradient(
+    inner: Inner, weights: list[Tensor], x: Tensor, target: Tensor, norm: Norm
+) -> tuple[Tensor, ...]:
+    """autograd's gradient of scale |f(x) - target|^2 by the weights, itself differentiable."""
+    outer = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Tensors of their own: x and target are data, even where they were read from these weights.
+        own = [w.view_as(w) if w.requires_grad else w.detach().requires_grad_() for w in weights]
+        loss = inner.scale * (_inner_model(inner, own, x, norm) - target).square().sum()
+        return torch.autograd.grad(loss, own, create_graph=outer)
 
 
 def _initial(

@@ -70,7 +70,7 @@ def learned_memory(
             o, learned = _step(pieces, inner, norm, learned)
             outputs += [] if o is None else [o]
         else:
-            cut = [None if t is None else t.unflatten(2, (count, size)) for t in pieces]
+            cut = [None if t is None else _cut(t, count, size) for t in pieces]
             read, learned = _batches(cut, inner, norm, learned)
             outputs += read
         at, phase = end, (phase + size) % batch_tokens
@@ -79,6 +79,11 @@ def learned_memory(
     if q is None:
         return None, learned
     return torch.cat(outputs, 2).movedim(1, 2), learned
+
+
+def _cut(t: Tensor, count: int, size: int) -> Tensor:
+    """(B, H, count * size, ...) to (B, H, count, size, ...)."""
+    return t.reshape(*t.shape[:2], count, size, *t.shape[3:])
 
 
 @dataclass(frozen=True)
@@ -173,6 +178,7 @@ def _read(
         if weigh.keep is not None:
             z = z * weigh.keep
         if learned.momentum is not None:
+            assert weigh.lasting is not None
             z = z + (h @ learned.momentum[i]) * weigh.lasting
         h = z - (h @ u.mT * weigh.writes) @ g
     return inner.finish(q, h, norm)
@@ -189,6 +195,7 @@ def _write(
             weight = weight * weigh.keep[..., -1:, :]
         if learned.momentum is not None:
             assert weigh.lasting is not None
+            assert weigh.fading is not None
             assert weigh.pushes is not None
             old = learned.momentum[i]
             weight = weight + old * weigh.lasting[..., -1:, :]

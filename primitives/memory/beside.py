@@ -62,7 +62,7 @@ class BesideConfig:
         m, width = self.memory, self.memory.width
         products = 4 * width * width
         params = products + m.params + self.persistent * width + 2 * norm_params("rmsnorm", width)
-        flops = 2 * products + m.project_flops() + m.gradient_flops() + m.read_flops()
+        flops = 2.0 * products + m.project_flops() + m.gradient_flops() + m.read_flops()
         flops += 4 * width * (self.persistent + self.seen(context))
         before = 4 * self.persistent * width * width
         each = 2 * width * dtype.itemsize
@@ -98,7 +98,7 @@ class _Beside(Operator):
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, H, K)."""
-        return x.unflatten(-1, (self.config.heads, self.config.head_dim))
+        return x.reshape(*x.shape[:2], self.config.heads, self.config.head_dim)
 
     def _queries(self, x: BTD, at: int) -> tuple[Tensor, Tensor]:
         """Turned and plain, (B, H, T, K); `at` is the position of the first."""
@@ -154,7 +154,8 @@ class _Beside(Operator):
         if state is None:
             learned, tail = self._start(x.shape[0], x.dtype, x.device)
             return learned, tail, self._prefix(x.dtype, x.device), {}
-        kept = {n: state.tensors[n] for n in ("keys", "values", "prefix") if n in state.tensors}
+        names: tuple[str, ...] = ("keys", "values", "prefix")
+        kept = {name: state.tensors[name] for name in names if name in state.tensors}
         # All sequences have the same.
         prefix = kept["prefix"][0] if "prefix" in kept else self._prefix(x.dtype, x.device)
         return *unpack(state.tensors, self.config.memory.depth), prefix, kept

@@ -191,13 +191,12 @@ class Memory(nn.Module):
             mixed = torch.cat((mixed, rest), -1)
         if c.activation == "silu":
             mixed = F.silu(mixed)
-        heads = mixed.unflatten(-1, (3, c.heads, c.head_dim))
-        q, k, v = heads.unbind(2)
+        q, k, v = mixed.reshape(*x.shape[:2], 3, c.heads, c.head_dim).unbind(2)
         if c.qk_norm == "l2":
             q, k = unit_length(q, "l2"), unit_length(k, "l2")
         if c.v_norm == "l2":
             v = unit_length(v, "l2")
-        of = list(at_least_float32(gates).split(c.heads, dim=-1))
+        of = list(torch.split(at_least_float32(gates), c.heads, -1))
         rate = c.rate * torch.sigmoid(of.pop(0))
         log_momentum = log_keep = None
         if self.momentum_bias is not None:
@@ -226,7 +225,7 @@ class Memory(nn.Module):
         """The queries of tokens, (B, T, H, K), without a convolution."""
         c = self.config
         q = F.linear(x, self.in_proj.weight[: c.channels])
-        q = (F.silu(q) if c.activation == "silu" else q).unflatten(-1, (c.heads, c.head_dim))
+        q = (F.silu(q) if c.activation == "silu" else q).reshape(*x.shape[:2], c.heads, c.head_dim)
         return unit_length(q, "l2") if c.qk_norm == "l2" else q
 
     def _learn(

@@ -93,4 +93,6 @@ class MemoryLayer(Operator):
 
 def gated(kind: str, z: Tensor) -> Tensor:
     """The gate's values; `kind` is one of `GATES` but none."""
-    return {"silu": F.silu, "sigmoid": torch.sigmoid, "gelu": F.gelu}[kind](z)
+    if kind == "sigmoid":
+        return torch.sigmoid(z)
+    return F.silu(z) if kind == "silu" else F.gelu(z)

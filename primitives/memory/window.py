@@ -29,7 +29,8 @@ def attend(
         near = near.masked_fill(hidden, -torch.inf)
     before = prefix.shape[2]
     if not before:
-        return near.softmax(-1).to(q.dtype) @ values
+        weights: Tensor = near.softmax(-1).to(q.dtype)
+        return weights @ values
     always = ((plain * scale) @ prefix[0].mT).to(wide)
     weights = torch.cat((always, near), -1).softmax(-1).to(q.dtype)
     return weights[..., :before] @ prefix[1] + weights[..., before:] @ values
@@ -52,13 +53,17 @@ def attend_window(
     blocks = -(-tokens // window)
     end = blocks * window - tokens
 
+    def split(t: Tensor, parts: int) -> Tensor:
+        """(B, H, parts * window, K) to (B, parts, H, window, K)."""
+        return t.reshape(*t.shape[:2], parts, window, t.shape[-1]).transpose(1, 2)
+
     def cut(t: Tensor) -> Tensor:
-        """(B, H, tokens, K) to (B, blocks, H, window, K)."""
-        return F.pad(t, (0, 0, 0, end)).unflatten(2, (blocks, window)).transpose(1, 2)
+        """The queries of every block."""
+        return split(F.pad(t, (0, 0, 0, end)), blocks)
 
     def with_previous(t: Tensor) -> Tensor:
         """Every block's keys: those of the block before it and its own."""
-        t = F.pad(t, (0, 0, window - past, end)).unflatten(2, (blocks + 1, window)).transpose(1, 2)
+        t = split(F.pad(t, (0, 0, window - past, end)), blocks + 1)
         return torch.cat((t[:, :-1], t[:, 1:]), 3)
 
     at = torch.arange(2 * window, device=q.device)
