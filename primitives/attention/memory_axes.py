@@ -8,6 +8,7 @@ from typing import Any
 
 from ..base import Axis, Gene, GeneError, Point
 from ..genes import choice, only, whole
+from .compressive import CompressedSegments, CompressiveConfig
 from .layer import AttentionConfig
 from .pattern_axes import REMEMBERING
 from .patterns import Pattern
@@ -32,6 +33,21 @@ MEMORY_AXES = (
         high=1e6,
         search=(16, 64),
     ),
+    Axis(
+        "compressed",
+        16,
+        "compressive: compressed memories that a token sees before its memory",
+        low=1.0,
+        high=1e6,
+    ),
+    Axis("compression_rate", 4, "compressive: tokens that become one", low=2.0, high=65536.0),
+    Axis(
+        "compression",
+        "conv",
+        "compressive: how they become one; conv learns from attention reconstruction, which adds to"
+        " the training loss",
+        options=("conv", "mean", "max"),
+    ),
 )
 
 MEMORY_POINTS = (
@@ -40,6 +56,12 @@ MEMORY_POINTS = (
         {"pattern": "transformer-xl", "position": "xl"},
         "Dai et al., arXiv 1901.02860",
         "The state holds keys and values where the paper keeps inputs and projects them again.",
+    ),
+    Point(
+        "compressive",
+        {"pattern": "compressive", "position": "xl"},
+        "Rae et al., arXiv 1911.05507",
+        "Memories begin empty, not as zeros.",
     ),
 )
 
@@ -51,7 +73,18 @@ def memory_pattern(genes: Mapping[str, Gene]) -> Pattern | None:
         return None
     # A convolution would read the inputs of earlier segments.
     only(genes, "pattern", {"conv": 0, "causal": True})
-    return Segments(whole(genes, "segment"), whole(genes, "memory"))
+    segment, memory = whole(genes, "segment"), whole(genes, "memory")
+    if name == "transformer-xl":
+        return Segments(segment, memory)
+    rate = whole(genes, "compression_rate")
+    if segment % rate:
+        raise GeneError(f"compression_rate={rate} does not divide segment={segment}")
+    if memory == 0 or memory % segment:
+        raise GeneError(
+            f"pattern=compressive compresses whole segments that leave its memory: memory={memory}"
+            f" is no multiple of segment={segment}"
+        )
+    return CompressedSegments(segment, memory, whole(genes, "compressed"), rate)
 
 
 def with_memory(plain: AttentionConfig, genes: Mapping[str, Gene]) -> AttentionConfig:
@@ -60,4 +93,8 @@ def with_memory(plain: AttentionConfig, genes: Mapping[str, Gene]) -> AttentionC
     if plain.borrows:
         raise GeneError(f"pattern={name} keeps a memory of its own: it borrows no keys and values")
     same: dict[str, Any] = {field.name: getattr(plain, field.name) for field in fields(plain)}
-    return SegmentConfig(**same)
+    if name == "transformer-xl":
+        return SegmentConfig(**same)
+    # nGPT's paper has no compressed memories: their keys stay as they are.
+    same["normalised"] = False
+    return CompressiveConfig(**same, compression=choice(genes, "compression"))

@@ -23,8 +23,11 @@ PATTERNS = (
 )
 """Those that positions alone decide."""
 
-REMEMBERING = ("transformer-xl",)
+REMEMBERING = ("transformer-xl", "compressive")
 """Those with a memory beyond the segment, see memory_axes.py."""
+
+BY_DATA = ("lsh", "routing", "sparsek")
+"""Those that the data decide, see chosen_axes.py."""
 
 BOTH_WAYS = ("full", "sliding", "global", "bigbird", "multi-scale")
 """Those that can also read later tokens."""
@@ -40,8 +43,9 @@ PATTERN_AXES = (
         " dilated window; its own chunk; Sparse Transformer's strided or fixed pattern, one half of"
         " the key-value heads local, the other reading far; BigBird's blocks; windows that double"
         " from head to head; a window whose span is learned; a segment and a memory of earlier ones"
-        " (transformer-xl, compressive, memformer)",
-        options=(*PATTERNS, *REMEMBERING),
+        " (transformer-xl, compressive, memformer); what shares its hashed bucket (lsh) or its"
+        " cluster (routing); a window and the best by a learned score (sparsek)",
+        options=(*PATTERNS, *REMEMBERING, *BY_DATA),
         search=("full", "sliding", "dilated", "chunked", "fixed", "bigbird", "multi-scale"),
     ),
     Axis(

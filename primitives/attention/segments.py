@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...kernels.letters import BTD
 from ..base import Carry, State
-from .attend import attend
+from ..position import Rotary
 from .keyvalues import KeyValues, extend
 from .layer import Attention, AttentionConfig
 from .patterns import HeadPattern, Ranges
@@ -67,6 +67,33 @@ class Segments(HeadPattern):
     def block(self) -> int | None:
         return self.segment
 
+    def entries(self, number: int) -> range:
+        """The compressed memories that segment `number` sees, counted from the sequence's start."""
+        return range(0)
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """Keys and values (B, G, E, K) of consecutive compressed memories, the first being `origin`.
+
+    They are not turned: a segment sees them at the places just before its memory, so that the same
+    one stands at another place for the next segment.
+    """
+
+    keys: Tensor
+    values: Tensor
+    origin: int
+    rotary: Rotary | None
+
+    def part(self, entries: range, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of some of them, which stand right before position `stop`."""
+        span = slice(entries.start - self.origin, entries.stop - self.origin)
+        keys, values = self.keys[:, :, span], self.values[:, :, span]
+        if self.rotary is not None and len(entries):
+            turned: Tensor = self.rotary(keys.transpose(1, 2), stop - len(entries))
+            keys = turned.transpose(1, 2)
+        return keys, values
+
 
 @dataclass(frozen=True)
 class SegmentConfig(AttentionConfig):
@@ -92,6 +119,7 @@ class SegmentAttention(Attention):
         if torch.is_grad_enabled() and pattern.segment - start % pattern.segment < tokens:
             # What later segments of the call see: the same numbers, without gradients into x.
             memory = self._heads(self._project(x.detach())[0], start)[1]
+        far = self.compressed(x, state)
         if state is not None:
             held = extend(state, own, pattern)
             assert isinstance(held, KeyValues)
@@ -103,13 +131,18 @@ class SegmentAttention(Attention):
         score, q = self.scoring.begin(carry), q.transpose(1, 2)
         if tokens == 1:
             kv = own if state is None else held
-            out = attend(q, kv, pattern, score, self.position)
+            assert isinstance(kv, KeyValues)
+            out = attend_one(q, kv, far, pattern, score, self.position)
         else:
-            out = attend_segments(q, own, memory, pattern, score, self.position)
+            out = attend_segments(q, own, memory, far, pattern, score, self.position)
         out = self.scoring.finish(out.transpose(1, 2), x).flatten(2)
         if gate is not None:
             out = out * torch.sigmoid(gate)
         return self.exit(out), state
+
+    def compressed(self, x: BTD, state: State | None) -> Compressed | None:
+        """What is read of the time before the memory, x being the call's tokens."""
+        return None
 
 
 def _joined(held: KeyValues, own: KeyValues, first: int, start: int) -> KeyValues:
@@ -121,15 +154,45 @@ def _joined(held: KeyValues, own: KeyValues, first: int, start: int) -> KeyValue
     return KeyValues(torch.cat((keys, own.keys), 2), torch.cat((values, own.values), 2), own.end)
 
 
-def attend_segments(
+def attend_one(
     q: Tensor,
-    own: KeyValues,
-    memory: KeyValues,
+    kv: KeyValues,
+    far: Compressed | None,
     pattern: Segments,
     score: Score,
     position: Biases | None,
 ) -> Tensor:
-    """Each segment's queries over the memory before the segment and their own segment.
+    """One query (B, H, 1, K) at the last position of `kv` over what it sees."""
+    at = kv.end - 1
+    first = pattern.first(at)
+    kv = kv.take((range(first, at + 1),))
+    if score.tape is not None:
+        kv = kv.ordered()
+    keys, values, places = kv.keys.to(q.dtype), kv.values.to(q.dtype), kv.positions()
+    entries = pattern.entries(at // pattern.segment)
+    if far is not None and len(entries):
+        old, said = far.part(entries, first)
+        keys, values = (
+            torch.cat((old.to(q.dtype), keys), 2),
+            torch.cat((said.to(q.dtype), values), 2),
+        )
+        before = torch.arange(first - len(entries), first, device=q.device)
+        places = torch.cat((before, places))
+    bias = None if position is None else position(at - places[None], q)
+    return weigh(q, keys, values, bias, score)
+
+
+def attend_segments(
+    q: Tensor,
+    own: KeyValues,
+    memory: KeyValues,
+    far: Compressed | None,
+    pattern: Segments,
+    score: Score,
+    position: Biases | None,
+) -> Tensor:
+    """Each segment's queries over compressed memories, the memory before the segment and their own
+    segment.
 
     q (B, H, T, K) are the queries at the positions of `own`. `memory` holds what is read of every
     position that ends before the query's segment or before the call: consecutive positions, the
@@ -141,32 +204,36 @@ def attend_segments(
     # Whole segments with a whole memory: from `steady` to `last`.
     steady = -(-max(start, origin + pattern.memory) // size)
     last = max(steady, end // size)
+    while steady < last and len(pattern.entries(steady)) < len(pattern.entries(last - 1)):
+        steady += 1
     out, at = [], start
     while at < end:
         number = at // size
         if number == steady and steady < last and at == number * size:
             stop = last * size
-            out.append(_steady(q, own, memory, pattern, score, position, (at, stop)))
+            out.append(_steady(q, own, memory, far, pattern, score, position, (at, stop)))
         else:
             stop = min(end, (number + 1) * size)
             near = max(start, number * size)
             first = pattern.first(at)
-            keys = torch.cat(
-                (_part(memory.keys, origin, first, near), _part(own.keys, start, near, stop)), 2
-            )
-            values = torch.cat(
-                (_part(memory.values, origin, first, near), _part(own.values, start, near, stop)), 2
-            )
-            queries = _part(q, start, at, stop)
+            parts = [_parts(memory, first, near), _parts(own, near, stop)]
+            entries = pattern.entries(number)
+            if far is not None and len(entries):
+                parts.insert(0, far.part(entries, first))
+                first -= len(entries)
+            keys, values = (torch.cat([part[i].to(q.dtype) for part in parts], 2) for i in (0, 1))
+            queries = q[:, :, at - start : stop - start]
             bias = _bias(queries, at, first, stop, position)
             out.append(weigh(queries, keys, values, bias, score))
         at = stop
     return out[0] if len(out) == 1 else torch.cat(out, 2)
 
 
-def _part(t: Tensor, origin: int, first: int, stop: int) -> Tensor:
-    """The positions first..stop-1 of (B, G, S, K), whose first position is `origin`."""
-    return t[:, :, first - origin : stop - origin]
+def _parts(kv: KeyValues, first: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Keys and values at the consecutive positions first..stop-1."""
+    origin = kv.end - kv.tokens
+    span = slice(first - origin, stop - origin)
+    return kv.keys[:, :, span], kv.values[:, :, span]
 
 
 def _bias(q: Tensor, at: int, first: int, stop: int, position: Biases | None) -> Tensor:
@@ -180,7 +247,7 @@ def _bias(q: Tensor, at: int, first: int, stop: int, position: Biases | None) ->
     return bias.masked_fill(distance < 0, -torch.inf)
 
 
-def windows(t: Tensor, first: int, count: int, step: int, size: int) -> Tensor:
+def _windows(t: Tensor, first: int, count: int, step: int, size: int) -> Tensor:
     """(B, G, S, K) to (B, count, G, size, K): runs of `size`, at first, first + step and so on."""
     if size == 0:
         return t[:, :, :0].unsqueeze(1).expand(-1, count, -1, -1, -1)
@@ -192,6 +259,7 @@ def _steady(
     q: Tensor,
     own: KeyValues,
     memory: KeyValues,
+    far: Compressed | None,
     pattern: Segments,
     score: Score,
     position: Biases | None,
@@ -200,20 +268,24 @@ def _steady(
     """The segments that fill the positions of `span`: all see the same distances."""
     size, batch = pattern.segment, q.shape[0]
     start, origin = own.end - own.tokens, memory.end - memory.tokens
-    count = (span[1] - span[0]) // size
+    first, count = span[0] // size, (span[1] - span[0]) // size
+    lead = len(pattern.entries(first))
+    old: list[Tensor] = []
+    if far is not None and lead:
+        parts = [
+            far.part(pattern.entries(n), n * size - pattern.memory)
+            for n in range(first, first + count)
+        ]
+        old = [torch.stack([part[i] for part in parts], 1).to(q.dtype) for i in (0, 1)]
 
-    def with_memory(near: Tensor, far: Tensor) -> Tensor:
-        before = windows(far, span[0] - pattern.memory - origin, count, size, pattern.memory)
-        inside = windows(near, span[0] - start, count, size, size)
-        return torch.cat((before, inside), 3).flatten(0, 1)
+    def together(i: int, near: Tensor, before: Tensor) -> Tensor:
+        held = _windows(before, span[0] - pattern.memory - origin, count, size, pattern.memory)
+        inside = _windows(near, span[0] - start, count, size, size)
+        return torch.cat((*old[i : i + 1], held.to(q.dtype), inside), 3).flatten(0, 1)
 
-    queries = windows(q, span[0] - start, count, size, size).flatten(0, 1)
-    bias = _bias(queries, pattern.memory, 0, pattern.memory + size, position)
-    out = weigh(
-        queries,
-        with_memory(own.keys, memory.keys),
-        with_memory(own.values, memory.values),
-        bias,
-        score,
-    )
+    queries = _windows(q, span[0] - start, count, size, size).flatten(0, 1)
+    before = lead + pattern.memory
+    bias = _bias(queries, before, 0, before + size, position)
+    keys = together(0, own.keys, memory.keys)
+    out = weigh(queries, keys, together(1, own.values, memory.values), bias, score)
     return out.unflatten(0, (batch, count)).transpose(1, 2).flatten(2, 3)
