@@ -153,7 +153,8 @@ class LanguageModel(nn.Module):
             one, two, self._loss = reversible_streams(step, parts, start)
         else:
             one, two, self._loss = plain_streams(step, len(self.plan), start)
-        return ((one + two) / 2).to(dtype)
+        mean: Tensor = (one + two) / 2
+        return mean.to(dtype)
 
     def _call(
         self,

@@ -143,9 +143,8 @@ class SlotBlock(nn.Module):
 
     def read(self, x: Tensor) -> Tensor:
         """What the operators get of the stream."""
-        if self.rate is not None:
-            return x * x.shape[-1] ** 0.5
-        return self.before(x)  # type: ignore[no-any-return]
+        read: Tensor = self.before(x) if self.rate is None else x * x.shape[-1] ** 0.5
+        return read
 
     def combine(self, outputs: list[Tensor]) -> Tensor:
         """Branch outputs, each (B, T, D), to one."""

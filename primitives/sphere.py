@@ -46,7 +46,7 @@ class _Linears(TorchFunctionMode):
     """Every product with a weight of a module, as (weight, its input's node, its output's node)."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.calls: list[tuple[Tensor, Any, Any]] = []
 
     def __torch_function__(

@@ -299,8 +299,9 @@ def _leak(study: Study) -> tuple[Key, str] | None:
     for place, words in study.space.readers_ahead():
         return ("space", *place), f"{words}; {ends[0]}"
     for index, baseline in enumerate(study.baselines):
-        if (words := acausal(baseline_genome(baseline, study.space))) is not None:
-            return ("baselines", index), f"{words}; {ends[0]}"
+        reader = acausal(baseline_genome(baseline, study.space))
+        if reader is not None:
+            return ("baselines", index), f"{reader}; {ends[0]}"
     return None
 
 
