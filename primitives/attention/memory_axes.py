@@ -7,12 +7,13 @@ from dataclasses import fields
 from typing import Any
 
 from ..base import Axis, Gene, GeneError, Point
-from ..genes import choice, only, whole
+from ..genes import choice, number, only, whole
 from .compressive import CompressedSegments, CompressiveConfig
 from .layer import AttentionConfig
 from .pattern_axes import REMEMBERING
-from .patterns import Pattern
+from .patterns import Chunk, Pattern
 from .segments import SegmentConfig, Segments
+from .slots import MemformerConfig
 
 MEMORY_AXES = (
     Axis(
@@ -48,6 +49,14 @@ MEMORY_AXES = (
         " the training loss",
         options=("conv", "mean", "max"),
     ),
+    Axis("slots", 8, "memformer: slots of the memory", low=1.0, high=65536.0, search=(8, 16)),
+    Axis(
+        "slot_temperature",
+        0.5,
+        "memformer: temperature of the softmax that writes slots; below 1 sharpens",
+        low=1e-3,
+        high=1e3,
+    ),
 )
 
 MEMORY_POINTS = (
@@ -63,6 +72,13 @@ MEMORY_POINTS = (
         "Rae et al., arXiv 1911.05507",
         "Memories begin empty, not as zeros.",
     ),
+    Point(
+        "memformer",
+        {"pattern": "memformer"},
+        "Wu et al., arXiv 2010.06891",
+        "Every layer has its own slots, and a segment is causal, where the paper's encoder has one"
+        " memory after its last layer.",
+    ),
 )
 
 
@@ -74,6 +90,8 @@ def memory_pattern(genes: Mapping[str, Gene]) -> Pattern | None:
     # A convolution would read the inputs of earlier segments.
     only(genes, "pattern", {"conv": 0, "causal": True})
     segment, memory = whole(genes, "segment"), whole(genes, "memory")
+    if name == "memformer":
+        return Chunk(segment)
     if name == "transformer-xl":
         return Segments(segment, memory)
     rate = whole(genes, "compression_rate")
@@ -95,6 +113,14 @@ def with_memory(plain: AttentionConfig, genes: Mapping[str, Gene]) -> AttentionC
     same: dict[str, Any] = {field.name: getattr(plain, field.name) for field in fields(plain)}
     if name == "transformer-xl":
         return SegmentConfig(**same)
-    # nGPT's paper has no compressed memories: their keys stay as they are.
+    # nGPT's paper has neither slots nor compressed memories: their keys stay as they are.
     same["normalised"] = False
+    if name == "memformer":
+        if plain.width % plain.heads:
+            raise GeneError(
+                f"pattern=memformer writes slots of the model's width by heads: heads={plain.heads}"
+                f" does not divide the width {plain.width}"
+            )
+        temperature = number(genes, "slot_temperature")
+        return MemformerConfig(**same, slots=whole(genes, "slots"), temperature=temperature)
     return CompressiveConfig(**same, compression=choice(genes, "compression"))

@@ -23,10 +23,10 @@ PATTERNS = (
 )
 """Those that positions alone decide."""
 
-REMEMBERING = ("transformer-xl", "compressive")
+REMEMBERING = ("transformer-xl", "compressive", "memformer")
 """Those with a memory beyond the segment, see memory_axes.py."""
 
-BY_DATA = ("lsh", "routing", "sparsek")
+BY_DATA = ("lsh", "routing", "sparsek", "native-sparse")
 """Those that the data decide, see chosen_axes.py."""
 
 BOTH_WAYS = ("full", "sliding", "global", "bigbird", "multi-scale")
@@ -44,7 +44,8 @@ PATTERN_AXES = (
         " the key-value heads local, the other reading far; BigBird's blocks; windows that double"
         " from head to head; a window whose span is learned; a segment and a memory of earlier ones"
         " (transformer-xl, compressive, memformer); what shares its hashed bucket (lsh) or its"
-        " cluster (routing); a window and the best by a learned score (sparsek)",
+        " cluster (routing); a window and the best by a learned score (sparsek), or compressed and"
+        " selected blocks (native-sparse)",
         options=(*PATTERNS, *REMEMBERING, *BY_DATA),
         search=("full", "sliding", "dilated", "chunked", "fixed", "bigbird", "multi-scale"),
     ),
@@ -76,7 +77,7 @@ PATTERN_AXES = (
     Axis("dilation", 2, "dilated: the distance from one token that is seen to the next", low=1.0),
     Axis("stride", 64, "strided, fixed: the stride, near the root of the context", low=1.0),
     Axis("summary", 8, "fixed: tokens at the end of each stride that all later ones see", low=1.0),
-    Axis("block", 16, "bigbird: tokens in a block", low=1.0, high=65536.0),
+    Axis("block", 16, "bigbird, native-sparse: tokens in a block", low=1.0, high=65536.0),
     Axis("random", 3, "bigbird: blocks drawn at random for each block", low=0.0, high=65536.0),
     Axis("pattern_seed", 0, "bigbird: what the random blocks are drawn by", low=0.0),
     Axis("ramp", 32, "adaptive-span: tokens over which the soft mask falls", low=1.0),
