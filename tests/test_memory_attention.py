@@ -220,8 +220,8 @@ def test_costs_at_any_context(name: str, context: int) -> None:
     """Segments and windows that the context cuts: FLOPs and bytes of real decoding."""
     m = build(name)
     x = tokens(context, batch=1)
+    state = m.init_state(1, context, x.dtype)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        state = m.init_state(1, context, x.dtype)
         for t in range(context):
             _, state = m(x[:, t : t + 1], state)
     cost = m.config.cost(context, torch.float64)

@@ -143,13 +143,13 @@ LEARNING_AXES = (
     ),
     Axis(
         "qk_norm",
-        "none",
+        "l2",
         "queries and keys have length one",
         options=("none", "l2"),
     ),
     Axis(
         "v_norm",
-        "none",
+        "l2",
         "values have length one, which bounds the gradients of a deep memory",
         options=("none", "l2"),
     ),

@@ -112,21 +112,18 @@ class _Beside(Operator):
             k = self.rotary(k, at)
         return k.transpose(1, 2), v.transpose(1, 2)
 
-    def _prefix(self, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    def _prefix(self, x: BTD) -> Tensor:
         """The persistent tokens' keys and values, (2, H, P, K)."""
         if self.persistent is None:
-            shape = (2, self.config.heads, 0, self.config.head_dim)
-            return torch.zeros(shape, dtype=dtype, device=device)
+            return x.new_zeros(2, self.config.heads, 0, self.config.head_dim)
         # A copy: torch's FLOP counter fails on a view of a parameter without gradients.
-        p = torch.stack((self.persistent.to(device, dtype),))
+        p = torch.stack((self.persistent.to(x.dtype),))
         k, v = (self._heads(t) for t in self.kv_proj(p).chunk(2, -1))
         return torch.cat((k, v)).transpose(1, 2)
 
-    def _start(
-        self, batch: int, dtype: torch.dtype, device: torch.device | str
-    ) -> tuple[Learned, Tensor | None]:
-        """The memory before a sequence."""
-        return self.memory.start(batch, dtype, device)
+    def _start(self, x: BTD) -> tuple[Learned, Tensor | None]:
+        """The memory before the tokens of a sequence."""
+        return self.memory.start(x.shape[0], x.dtype, x.device)
 
     def _join(self, y: BTD, read: Tensor) -> BTD:
         m = self.memory_norm(read.flatten(2).to(y.dtype))
@@ -136,40 +133,51 @@ class _Beside(Operator):
     def init_state(
         self, batch: int, context: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> State:
+        """Empty caches, and the weights that a sequence starts with.
+
+        The first call fills in what the persistent tokens say.
+        """
         c = self.config
-        size = c.kept(context) * (1 if c.arrangement == "gate" else 2)
-        shape = (batch, c.heads, size, c.head_dim)
-        tensors = pack(*self._start(batch, dtype, device))
-        prefix = self._prefix(dtype, device).expand(batch, -1, -1, -1, -1)
-        tensors |= {"prefix": prefix} if c.persistent else {}
+        tensors = pack(*self.memory.start(batch, dtype, device))
         tensors = {name: t.contiguous() for name, t in tensors.items()}
-        for name in ("keys", "values"):
-            tensors[name] = torch.zeros(shape, dtype=dtype, device=device)
+        size = c.kept(context) * (1 if c.arrangement == "gate" else 2)
+        shapes = {"keys": (c.heads, size, c.head_dim), "values": (c.heads, size, c.head_dim)}
+        if c.persistent:
+            shapes["prefix"] = (2 * c.heads, c.persistent, c.head_dim)
+        for name, shape in shapes.items():
+            tensors[name] = torch.zeros(batch, *shape, dtype=dtype, device=device)
         return State(0, tensors)
 
     def _begin(
         self, x: BTD, state: State | None
     ) -> tuple[Learned, Tensor | None, Tensor, dict[str, Tensor]]:
         """The memory, its convolution's tail, the prefix and the tensors that a state keeps."""
-        if state is None:
-            learned, tail = self._start(x.shape[0], x.dtype, x.device)
-            return learned, tail, self._prefix(x.dtype, x.device), {}
-        names: tuple[str, ...] = ("keys", "values", "prefix")
-        kept = {name: state.tensors[name] for name in names if name in state.tensors}
-        # All sequences have the same.
-        prefix = kept["prefix"][0] if "prefix" in kept else self._prefix(x.dtype, x.device)
-        return *unpack(state.tensors, self.config.memory.depth), prefix, kept
+        c = self.config
+        kept: dict[str, Tensor] = {}
+        if state is not None:
+            kept = {name: state.tensors[name] for name in ("keys", "values")}
+        if state is None or not state.length:
+            prefix = self._prefix(x)
+            if state is not None and c.persistent:
+                each = prefix.flatten(0, 1).expand(x.shape[0], -1, -1, -1)
+                kept["prefix"] = each.to(state.tensors["prefix"].dtype).contiguous()
+            return *self._start(x), prefix, kept
+        if c.persistent:
+            kept["prefix"] = state.tensors["prefix"]
+            # All sequences have the same.
+            prefix = kept["prefix"][0].reshape(2, c.heads, c.persistent, c.head_dim)
+        else:
+            prefix = self._prefix(x)
+        return *unpack(state.tensors, c.memory.depth), prefix, kept
 
 
 class MemoryGate(_Beside):
     """MAG; see the module."""
 
-    def _start(
-        self, batch: int, dtype: torch.dtype, device: torch.device | str
-    ) -> tuple[Learned, Tensor | None]:
+    def _start(self, x: BTD) -> tuple[Learned, Tensor | None]:
         if self.persistent is None:
-            return super()._start(batch, dtype, device)
-        return self.memory.absorb(self.persistent.to(device, dtype), batch)
+            return super()._start(x)
+        return self.memory.absorb(self.persistent.to(x.dtype), x.shape[0])
 
     def forward(self, x: BTD, state: State | None = None) -> tuple[BTD, State | None]:
         c = self.config

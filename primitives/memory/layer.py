@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels.inner_model import Learned
 from ...kernels.letters import BTD
 from ..base import Cost, Operator, State
 from ..norm import make_norm, norm_params
@@ -59,12 +58,13 @@ class MemoryLayer(Operator):
 
     def forward(self, x: BTD, state: State | None = None) -> tuple[BTD, State | None]:
         m = self.config.memory
-        if state is None:
-            length = 0
-            learned, tail = self._before(x.shape[0], x.dtype, x.device)
-        else:
-            length = state.length
+        length = 0 if state is None else state.length
+        if state is not None and length:
             learned, tail = unpack(state.tensors, m.depth)
+        elif self.persistent is None:
+            learned, tail = self.memory.start(x.shape[0], x.dtype, x.device)
+        else:
+            learned, tail = self.memory.absorb(self.persistent.to(x.dtype), x.shape[0])
         seen, tail = self.memory.views(x, tail)
         o, learned = self.memory.learn(seen, learned, length % m.batch_tokens)
         y = o.flatten(2).to(x.dtype)
@@ -75,18 +75,11 @@ class MemoryLayer(Operator):
         y = self.out_proj(y)
         return y, None if state is None else State(length + x.shape[1], pack(learned, tail))
 
-    def _before(
-        self, batch: int, dtype: torch.dtype, device: torch.device | str
-    ) -> tuple[Learned, Tensor | None]:
-        """The memory before a sequence's first token."""
-        if self.persistent is None:
-            return self.memory.start(batch, dtype, device)
-        return self.memory.absorb(self.persistent.to(device, dtype), batch)
-
     def init_state(
         self, batch: int, context: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> State:
-        tensors = pack(*self._before(batch, dtype, device))
+        """The weights that a sequence starts with; its first call teaches the persistent tokens."""
+        tensors = pack(*self.memory.start(batch, dtype, device))
         # Each sequence gets room of its own.
         return State(0, {name: t.contiguous() for name, t in tensors.items()})
 
