@@ -38,7 +38,8 @@ class Disagreement:
     difference: float
     exact: float
     routed: bool
-    """It holds experts or routed heads: a router's choice between two that tie within a rounding can flip."""
+    """It chooses experts, heads, buckets or tokens: a choice between two that tie within a rounding
+    can flip."""
 
     @property
     def cause(self) -> Literal["rounding", "tie", "fault"]:
@@ -120,5 +121,7 @@ def disagreements(count: int, seed: int = 0) -> Iterator[Disagreement | None]:
             yield None
         else:
             exact = difference(genome, index, torch.float64)
-            routed = any(hasattr(m, "route") for m in build(genome).modules())
+            routed = any(
+                hasattr(m, "route") or hasattr(m, "choose") for m in build(genome).modules()
+            )
             yield Disagreement(show(genome), index, found, exact, routed)

@@ -157,7 +157,7 @@ def _banded(
     A block of `window` queries sees no key outside its own block and the one before it, so all
     blocks but the first see the same distances.
     """
-    batch, heads, tokens, width = q.shape
+    batch, heads, tokens, _ = q.shape
     window = pattern.window
     assert window is not None
     start = KeyValues(keys[:, :, :window], values[:, :, :window])

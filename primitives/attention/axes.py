@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from ..base import Axis, Config, Gene, GeneError, Liv, Point, Primitive, Site
+from ..base import Axis, Config, Gene, Liv, Point, Primitive, Site
 from ..genes import choice, flag, only, whole
+from .chosen_axes import CHOSEN_AXES, CHOSEN_FORMS, CHOSEN_POINTS
+from .heads import head_counts
+from .latent import (
+    LATENT_AXES,
+    LATENT_POINTS,
+    LatentConfig,
+    configure_latent,
+    latent_lending_problem,
+)
 from .layer import AttentionConfig
 from .longformer import longformer
 from .memory_axes import MEMORY_AXES, MEMORY_POINTS, memory_pattern, with_memory
@@ -20,7 +29,11 @@ def lending_problem(lender: object, borrower: object) -> str | None:
 
     Both are configs.
     """
+    if isinstance(lender, LatentConfig) and isinstance(borrower, LatentConfig):
+        return latent_lending_problem(lender, borrower)
     for role, config in (("lends", lender), ("borrows", borrower)):
+        if isinstance(config, LatentConfig):
+            return f"kv=latent {role} latents, and the other one has keys and values"
         if not isinstance(config, AttentionConfig):
             return f"only attention {role} keys and values"
     assert isinstance(lender, AttentionConfig)
@@ -32,12 +45,14 @@ def lending_problem(lender: object, borrower: object) -> str | None:
     return pattern_problem(lender.pattern, borrower.pattern)
 
 
-FORMS: dict[str, Callable[[Site, Mapping[str, Gene]], Config]] = {}
+FORMS: dict[str, Callable[[Site, Mapping[str, Gene]], Config]] = {**CHOSEN_FORMS}
 """Patterns whose layer is another module than `layer.py`'s: what makes their configs."""
 
 
 def configure(site: Site, genes: Mapping[str, Gene]) -> Config:
     form = FORMS.get(choice(genes, "pattern"))
+    if choice(genes, "kv") == "latent":
+        return configure_latent(site, genes)
     if form is None:
         memory = memory_pattern(genes)
         plain = configure_plain(site, genes, memory)
@@ -56,16 +71,7 @@ def configure_plain(
 ) -> AttentionConfig:
     """Attention over keys and values of heads, by a pattern that positions alone decide: the given
     one, or the genes'."""
-    heads, head_dim = whole(genes, "heads"), whole(genes, "head_dim")
-    kv_heads = whole(genes, "kv_heads") or heads
-    if heads % kv_heads:
-        raise GeneError(f"kv_heads={kv_heads} does not divide heads={heads}")
-    if head_dim == 0:
-        if site.width % heads:
-            raise GeneError(
-                f"heads={heads} does not divide the width {site.width}; set head_dim as well"
-            )
-        head_dim = site.width // heads
+    heads, kv_heads, head_dim = head_counts(site, genes)
     position = position_of(site, genes)
     channels, theta, form = rope_of(genes, position, head_dim)
     return AttentionConfig(
@@ -93,7 +99,7 @@ def configure_plain(
 ATTENTION = Primitive(
     name="attention",
     kind="mixer",
-    summary="softmax attention over all earlier tokens or a window of them",
+    summary="softmax attention over all earlier tokens or those that a pattern shows",
     source="Vaswani et al., Attention Is All You Need, arXiv 1706.03762",
     liv=Liv("dense", "low-rank", "none", "softmax", "grouped"),
     axes=(
@@ -107,8 +113,10 @@ ATTENTION = Primitive(
             search=(0, 1, 2),
         ),
         Axis("head_dim", 0, "width of a head; 0 for width / heads", low=0.0, high=1024.0),
+        *LATENT_AXES,
         *PATTERN_AXES,
         *MEMORY_AXES,
+        *CHOSEN_AXES,
         *POSITION_AXES,
         Axis(
             "qk_norm",
@@ -141,8 +149,10 @@ ATTENTION = Primitive(
         Point("mha", {"kv_heads": 0}, "Vaswani et al., arXiv 1706.03762"),
         Point("gqa", {"kv_heads": 2}, "Ainslie et al., arXiv 2305.13245"),
         Point("mqa", {"kv_heads": 1}, "Shazeer, arXiv 1911.02150"),
+        *LATENT_POINTS,
         *PATTERN_POINTS,
         *MEMORY_POINTS,
+        *CHOSEN_POINTS,
         *SCORE_POINTS,
         *POSITION_POINTS,
     ),

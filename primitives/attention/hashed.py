@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ...kernels.letters import BTD
 from ..base import BidirectionalError, Cost, Gene, GeneError, Site, State
-from ..genes import flag, only, whole
+from ..genes import flag, whole
 from .bucketed import BucketedAttention, BucketedConfig, join_rounds
 from .buckets import ALONE, take
 from .heads import heads_config
@@ -163,7 +163,6 @@ def attend_in_chunks(
 
 def configure_hashed(site: Site, genes: Mapping[str, Gene]) -> HashedConfig:
     """The config of pattern=lsh. Raises GeneError."""
-    only(genes, "pattern", {"qk_norm": False})
     fields = heads_config("lsh", site, genes)
     if fields["kv_heads"] != fields["heads"]:
         raise GeneError(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...kernels.letters import BTD
 from ..base import Gene, GeneError, Operator, Site
-from ..genes import choice, flag, whole
+from ..genes import choice, flag, only, whole
 from ..position import Rotary
 from ..rope import RopeForm
 from .position_axes import position_of, rope_of
@@ -73,6 +73,7 @@ def heads_config(name: str, site: Site, genes: Mapping[str, Gene]) -> dict[str, 
         raise GeneError(
             f"pattern={name} chooses among keys of its own: it borrows no keys and values"
         )
+    only(genes, "pattern", {"qk_norm": False, "conv": 0})
     heads, kv_heads, head_dim = head_counts(site, genes)
     position = position_of(site, genes)
     if position not in ("rope", "rope3d", "none"):

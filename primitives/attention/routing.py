@@ -17,6 +17,7 @@ moves towards the mean and is normalised again, and one without vectors stays.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from ...kernels.letters import BTD
 from ..base import BidirectionalError, Cost, Gene, GeneError, Site, State
-from ..genes import flag, only, whole
+from ..genes import flag, whole
 from .bucketed import BucketedAttention, BucketedConfig
 from .buckets import take
 from .heads import heads_config
@@ -142,12 +143,12 @@ class RoutingAttention(BucketedAttention):
 
 def _on_sphere(vectors: Tensor) -> Tensor:
     """Vectors (..., K) at length sqrt(K)."""
-    return F.normalize(vectors, dim=-1) * vectors.shape[-1] ** 0.5
+    unit: Tensor = F.normalize(vectors, dim=-1)
+    return unit * math.sqrt(vectors.shape[-1])
 
 
 def configure_routing(site: Site, genes: Mapping[str, Gene]) -> RoutingConfig:
     """The config of pattern=routing. Raises GeneError."""
-    only(genes, "pattern", {"qk_norm": False})
     fields = heads_config("routing", site, genes)
     if fields["kv_heads"] != fields["heads"]:
         raise GeneError(
