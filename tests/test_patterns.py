@@ -114,7 +114,9 @@ def test_what_follows_from_the_mask(name: str, context: int) -> None:
             needed = set(mask[t:end, :t].any(0).nonzero().flatten().tolist())
             live = positions(pattern.live(t, size))
             assert needed <= piece <= set(live.tolist()), (t, end)
-            assert len(set(pattern.slots(live, size).tolist())) == len(live) <= size
+            slots = pattern.slots(live, size).tolist()
+            assert slots == [pattern.slot(at, size) for at in live.tolist()]
+            assert len(set(slots)) == len(live) <= size
         later = mask[t:].any(0)[: t + 1].sum().item()
         assert later <= size
 
@@ -277,6 +279,7 @@ def test_flex_attention_refuses_what_it_does_not_do() -> None:
         ("full", (q, kv, Window(), Score(), None)),
         ("biased", (q, kv, Window(3), Score(), position)),
         ("scores", (q, kv, Window(3), Score(cap=5.0), None)),
+        ("double", (q.double(), KeyValues(q, q), Window(3), Score(), None)),
         ("narrow", (q[..., :8], KeyValues(q[..., :8], q), Window(3), Score(), None)),
     ]
     for case, arguments in cases:
@@ -351,6 +354,21 @@ def test_a_borrower_reads_its_pattern_from_anothers_cache(
             out.append(attend(q[:, :, part], seen, borrower, Score(), None))
             state = State(part.stop, state.tensors)
         assert error(torch.cat(out, 2), whole) < 1e-12, split
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_inference_keeps_serves_training(causal: bool) -> None:
+    """Tables and layouts are kept over calls."""
+    q = torch.randn(1, 2, 50, 8).requires_grad_()
+    for pattern in (Blocks(2, 2, 1, 1, seed=77, causal=causal), Window(5, sinks=1, causal=causal)):
+        with torch.inference_mode():
+            attend(q, KeyValues(q, q), pattern, Score(), None)
+        attend(q, KeyValues(q, q), pattern, Score(), None).sum().backward()
+
+
+def test_a_long_context_is_counted_quickly() -> None:
+    """No list of all pairs of blocks: 16,384 blocks."""
+    assert 0.4 < Blocks(16, 8, 1, 3).kept(1 << 18) / (1 << 18) < 0.6
 
 
 def test_the_count_of_ranges() -> None:

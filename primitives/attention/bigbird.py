@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from heapq import heappop, heappush
 
 import torch
 from torch import Tensor
@@ -34,20 +36,20 @@ class Blocks(HeadPattern):
 
     def row(self, block: int, blocks: int) -> tuple[int, ...]:
         """The blocks that the queries of one see, ascending; of `blocks` if not causal."""
+        free: Sequence[int]
         if self.causal:
             fixed = {
                 *range(min(self.first, block)),
                 *range(max(0, block - self.near + 1), block + 1),
             }
-            others = range(self.first, block - self.near + 1)
+            free = range(self.first, max(self.first, block - self.near + 1))
         else:
             near = range(max(0, block - self.near + 1), min(blocks, block + self.near))
             ends = {*range(min(self.first, blocks)), *range(max(0, blocks - self.first), blocks)}
             if block in ends:
                 return tuple(range(blocks))
             fixed = ends | set(near)
-            others = range(blocks)
-        free = [other for other in others if other not in fixed]
+            free = [other for other in range(blocks) if other not in fixed]
         # Strings seed alike on every platform and version.
         draw = random.Random(f"{self.seed} {block}" + ("" if self.causal else f" {blocks}"))
         return tuple(sorted(fixed | set(draw.sample(free, min(self.drawn, len(free))))))
@@ -86,20 +88,19 @@ class Blocks(HeadPattern):
         room = self.room(size)
         own = end // self.size
         # Later blocks see the blocks whose last reader is still to come, and the own one is begun.
-        last = _layout(self, room)[1]
+        last = _layout(self, room).last
         kept = {b for b in range(own) if last[b] >= own} | {own}
         return self._ranges(kept, end)
 
     def kept(self, context: int) -> int:
-        return min(context, _layout(self, context)[2] * self.size)
+        return min(context, _layout(self, context).used * self.size)
 
     def slots(self, at: Tensor, size: int) -> Tensor:
-        table = torch.tensor(_layout(self, self.room(size))[0], device=at.device)
+        table = _layout(self, self.room(size)).slots.to(at.device)
         return table[at // self.size] * self.size + at % self.size
 
     def linear(self, end: int, size: int) -> bool:
-        blocks = -(-end // self.size)
-        return end <= size and _layout(self, self.room(size))[0][:blocks] == list(range(blocks))
+        return end <= min(size, _layout(self, self.room(size)).straight * self.size)
 
     def held(self, end: int, size: int) -> int:
         return end if self.linear(end, size) else size
@@ -127,15 +128,30 @@ def _row(pattern: Blocks, block: int) -> tuple[int, ...]:
 
 @lru_cache(16)
 def _allowed(pattern: Blocks, blocks: int) -> Tensor:
-    allowed = torch.zeros(blocks, blocks, dtype=torch.bool)
-    for block in range(blocks):
-        allowed[block, list(pattern.row(block, blocks))] = True
+    with torch.inference_mode(False):
+        allowed = torch.zeros(blocks, blocks, dtype=torch.bool)
+        for block in range(blocks):
+            allowed[block, list(pattern.row(block, blocks))] = True
     return allowed
 
 
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """Where a cache for some number of blocks puts them."""
+
+    slots: Tensor
+    """The slot of every block."""
+    last: list[int]
+    """The last block that sees each one."""
+    used: int
+    """The number of slots."""
+    straight: int
+    """The first so many blocks stand in the slot of their own number."""
+
+
 @lru_cache(64)
-def _layout(pattern: Blocks, context: int) -> tuple[list[int], list[int], int]:
-    """The slot of every block, the last block that sees it, and the number of slots.
+def _layout(pattern: Blocks, context: int) -> _Layout:
+    """The layout for sequences of at most `context` tokens.
 
     Blocks take the lowest slot that is free; one is free again when no later block sees what it
     holds. So the number of slots is the largest number of blocks that are needed at one time.
@@ -148,15 +164,21 @@ def _layout(pattern: Blocks, context: int) -> tuple[list[int], list[int], int]:
     ends: list[list[int]] = [[] for _ in range(blocks + 1)]
     for block, end in enumerate(last):
         ends[end + 1].append(block)
-    slot, free, used = [0] * blocks, [], 0
+    slots: list[int] = []
+    free: list[int] = []
+    used = 0
     for block in range(blocks):
-        free += [slot[other] for other in ends[block]]
+        for other in ends[block]:
+            heappush(free, slots[other])
         if free:
-            free.sort(reverse=True)
-            slot[block] = free.pop()
+            slots.append(heappop(free))
         else:
-            slot[block], used = used, used + 1
-    return slot, last, used
+            slots.append(used)
+            used += 1
+    straight = next((b for b, slot in enumerate(slots) if b != slot), blocks)
+    # A tensor made in inference mode could not be used in training later.
+    with torch.inference_mode(False):
+        return _Layout(torch.tensor(slots), last, used, straight)
 
 
 @lru_cache(64)
@@ -170,11 +192,11 @@ def _room(pattern: Blocks, size: int) -> int:
         return size
     slots = size // pattern.size
     low = high = slots
-    while _layout(pattern, high * pattern.size)[2] <= slots and high < FARTHEST * slots:
+    while _layout(pattern, high * pattern.size).used <= slots and high < FARTHEST * slots:
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        fits = _layout(pattern, middle * pattern.size)[2] <= slots
+        fits = _layout(pattern, middle * pattern.size).used <= slots
         low, high = (middle, high) if fits else (low, middle)
     return low * pattern.size
 

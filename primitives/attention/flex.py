@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ...kernels.backend import TRITON_DTYPES
 from .patterns import HeadPattern, Window
 from .weigh import Score
 
@@ -24,11 +25,11 @@ NARROWEST = 16
 """The narrowest head of FlexAttention's kernels."""
 
 
-def form(pattern: HeadPattern, score: Score, biased: bool, head_dim: int) -> str:
+def form(pattern: HeadPattern, score: Score, biased: bool, q: Tensor) -> str:
     """The case of attention that `backend.choose` decides on: `pattern` is what FlexAttention does.
 
     The others: `full`, which torch's own kernels do; `biased` by position; `scores` that are no
-    plain softmax; `narrow` heads.
+    plain softmax; `narrow` heads; `double` precision.
     """
     if isinstance(pattern, Window) and pattern.full:
         return "full"
@@ -36,7 +37,9 @@ def form(pattern: HeadPattern, score: Score, biased: bool, head_dim: int) -> str
         return "biased"
     if not score.fused or score.difference is not None:
         return "scores"
-    return "pattern" if head_dim >= NARROWEST else "narrow"
+    if q.dtype not in TRITON_DTYPES:
+        return "double"
+    return "pattern" if q.shape[-1] >= NARROWEST else "narrow"
 
 
 def attend_flex(q: Tensor, keys: Tensor, values: Tensor, pattern: HeadPattern) -> Tensor:

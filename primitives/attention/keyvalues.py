@@ -151,7 +151,7 @@ def _extend(
 ) -> KeyValues:
     size, end, device = keys.shape[2], length + new.tokens, keys.device
     if new.tokens == 1:
-        slot = int(pattern.slots(torch.tensor([length]), size))
+        slot = pattern.slot(length, size)
         keys[:, :, slot : slot + 1] = new.keys
         values[:, :, slot : slot + 1] = new.values
         held = pattern.held(end, size)

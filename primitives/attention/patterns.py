@@ -91,6 +91,10 @@ class HeadPattern(Pattern):
     def slots(self, at: Tensor, size: int) -> Tensor:
         """The slot of each position (S,) in a cache of `size` slots."""
 
+    def slot(self, at: int, size: int) -> int:
+        """The slot of one position."""
+        return int(self.slots(torch.tensor([at]), size))
+
     def held(self, end: int, size: int) -> int:
         """The first so many slots hold tokens when the sequence has `end` tokens."""
         return min(end, size)
@@ -177,6 +181,12 @@ class Window(HeadPattern):
             return at
         ring = self.sinks + (at - self.sinks) % (size - self.sinks)
         return torch.where(at < self.sinks, at, ring)
+
+    def slot(self, at: int, size: int) -> int:
+        # A step of decoding waits for this in every layer: no tensors.
+        if self.reach is None or size < self.sinks + self.reach or at < self.sinks:
+            return at
+        return self.sinks + (at - self.sinks) % (size - self.sinks)
 
     def room(self, size: int) -> int | None:
         return size if self.reach is None or size < self.sinks + self.reach else None

@@ -57,18 +57,16 @@ def table_of(pattern: HeadPattern, tokens: int) -> Table | None:
         near, first = pattern.near, pattern.first
         wide = near + first if pattern.causal else 2 * (near + first) - 1
         wide += pattern.drawn
-        if wide >= blocks:
+        # Of the causal form's blocks the own one and those that are absent are read in vain.
+        if wide * (2 if pattern.causal else 1) >= blocks:
             return None
-        rows = torch.full((blocks, wide), -1)
         ends = (0, 0)
         if not pattern.causal:
             tail = tokens - (blocks - first) * pattern.size
             ends = (first * pattern.size, tail) if first else (0, 0)
-        for block in range(blocks):
-            row = pattern.row(block, blocks)
-            # Blocks of queries that see all are computed apart: a row for form's sake.
-            row = row[:wide]
-            rows[block, : len(row)] = torch.tensor(row)
+        # Blocks of queries that see all are computed apart (`ends`): a row for form's sake.
+        lists = [list(pattern.row(block, blocks))[:wide] for block in range(blocks)]
+        rows = torch.tensor([row + [-1] * (wide - len(row)) for row in lists])
         return Table(pattern.size, rows, 0, ends)
     if not isinstance(pattern, Window) or pattern.window is None or pattern.dilation > 1:
         return None
