@@ -242,6 +242,20 @@ def test_8192_tokens_in_float32(name: str) -> None:
     assert error(torch.cat((first, second), 1), reference) < 1e-4
 
 
+@pytest.mark.parametrize("name", [*LOOPS, "titans-lmm", "ttt-linear", "ttt-mlp", "hope-cms"])
+def test_autocast_rounds_the_projections_and_not_the_memory(name: str) -> None:
+    """bfloat16 has 8 bits: outputs within a few roundings, the weights that are learned float32."""
+    primitive, full = resolve(name, {})
+    torch.manual_seed(0)
+    m = primitive.configure(Site(64), full).build()
+    x = torch.randn(2, 70, 64, generator=torch.Generator().manual_seed(1))
+    reference = m(x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = m(x, m.init_state(2, 70, torch.float32))
+    assert error(y, reference) < 2e-2
+    assert {t.dtype for t in state.tensors.values()} == {torch.float32}
+
+
 def test_the_gate_reaches_beyond_its_window_and_the_context_beyond_its_segment() -> None:
     for name in LOOPS:
         m, x = build(name), tokens(20).requires_grad_()

@@ -126,8 +126,10 @@ class _Beside(Operator):
         return self.memory.start(x.shape[0], x.dtype, x.device)
 
     def _join(self, y: BTD, read: Tensor) -> BTD:
-        m = self.memory_norm(read.flatten(2).to(y.dtype))
-        out: Tensor = self.out_proj(self.attention_norm(y) * torch.sigmoid(m))
+        # The weights' dtype, which under autocast is not y's.
+        dtype = self.out_proj.weight.dtype
+        m = self.memory_norm(read.flatten(2).to(dtype))
+        out: Tensor = self.out_proj(self.attention_norm(y.to(dtype)) * torch.sigmoid(m))
         return out
 
     def init_state(

@@ -67,7 +67,8 @@ class MemoryLayer(Operator):
             learned, tail = self.memory.absorb(self.persistent.to(x.dtype), x.shape[0])
         seen, tail = self.memory.views(x, tail)
         o, learned = self.memory.learn(seen, learned, length % m.batch_tokens)
-        y = o.flatten(2).to(x.dtype)
+        # The weights' dtype, which under autocast is not x's.
+        y = o.flatten(2).to(self.out_proj.weight.dtype)
         if self.norm is not None:
             y = self.norm(y)
         if self.gate_proj is not None:
