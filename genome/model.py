@@ -131,6 +131,7 @@ class LanguageModel(nn.Module):
             ]
         return block.combine(outputs)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _reversible(self, x: Tensor, state: ModelState | None) -> Tensor:
         """The mean of the two streams after the last slot."""
         dtype = x.dtype

@@ -48,7 +48,6 @@ def plain_streams(step: Step, depth: int, x: Tensor) -> Streams:
     return pair[0], pair[1], torch.stack(losses).sum() if losses else None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def reversible_streams(step: Step, parts: Sequence[Sequence[nn.Module]], x: Tensor) -> Streams:
     """As `plain_streams`, without keeping activations; `parts` are the modules of every slot.
 
