@@ -311,6 +311,7 @@ class PerHead(Pattern):
     """Another pattern for each key-value head and the queries that read it."""
 
     each: tuple[HeadPattern, ...]
+    causal: bool = True
 
     def parts(self, kv_heads: int) -> tuple[tuple[int, HeadPattern], ...]:
         return tuple((len(list(run)), pattern) for pattern, run in groupby(self.each))
@@ -322,7 +323,9 @@ class PerHead(Pattern):
 def per_head(each: Iterable[HeadPattern]) -> Pattern:
     """`PerHead`, or the one pattern that all heads have."""
     patterns = tuple(each)
-    return patterns[0] if len(set(patterns)) == 1 else PerHead(patterns)
+    if len(set(patterns)) == 1:
+        return patterns[0]
+    return PerHead(patterns, all(pattern.causal for pattern in patterns))
 
 
 def pattern_problem(lender: Pattern, borrower: Pattern) -> str | None:
