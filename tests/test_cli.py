@@ -244,7 +244,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "operators do not fit": (["show", "{width=10} mha(heads=4)"], ["heads", "10"]),
     "unknown preset": (
         ["show", "transfomer++"],
-        ["named 'transfomer++'; did you mean transformer++? Presets are"],
+        ["named 'transfomer++'; did you mean transformer++"],
     ),
     "empty": (["show", ""], ["empty"]),
     "no file": (["show", "none.yaml"], ["none.yaml"]),
@@ -257,7 +257,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "compare five": (["compare", *["mamba2"] * 5], ["two to four", "5"]),
     "primitive": (
         ["primitives", "mambo"],
-        ["no primitive is named 'mambo'; did you mean mamba or mamba2? There are attention,"],
+        ["no primitive is named 'mambo'; did you mean mamba or mamba2? There are"],
     ),
     "task": (["tasks", "recal"], ["recal", "in-context-recall"]),
     "front of nothing": (["front", "none"], ["none"]),
