@@ -28,7 +28,7 @@ Backend = Literal["definition", "chunked", "triton", "flex"]
 OPS = ("matrix_state", "delta_rule", "diagonal_scan", "short_conv", "long_conv", "attention")
 
 TRITON_FORMS: dict[str, tuple[str | None, ...]] = {
-    "matrix_state": ("none", "fixed", "scalar"),
+    "matrix_state": ("none", "fixed", "scalar", "vector"),
     "delta_rule": (None,),
     "diagonal_scan": (None,),
 }
@@ -130,10 +130,13 @@ def used_backends() -> Iterator[dict[str, set[Backend]]]:
         _used.reset(token)
 
 
-def kernels(op: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The entry into an operator's Triton kernels: the only place that imports Triton."""
+def kernels(op: str, entry: str | None = None) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The entry into an operator's Triton kernels: the only place that imports Triton.
+
+    `entry` names it where a module has several; it is `op` where None.
+    """
     module = import_module(f".triton_{op}", __package__)
-    return cast(Callable[..., tuple[Tensor, Tensor]], getattr(module, op))
+    return cast(Callable[..., tuple[Tensor, Tensor]], getattr(module, entry or op))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import definitions
-from .backend import choose, without_autocast
+from .backend import choose, kernels, without_autocast
 from .definitions import accumulator
 from .letters import BHKV, BTH, BTHK, BTHV, HK, H
 from .matrix_state import decay_form, matrix_state
@@ -32,8 +32,14 @@ def matrix_state_preread(
     """As `matrix_state`, reading the state before the token's own write; `bonus` is u."""
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    if choose("matrix_state", q.device, decay_form(log_decay)) == "definition":
+    form = decay_form(log_decay)
+    width = max(q.shape[-1], v.shape[-1])
+    backend = choose("matrix_state", q.device, form, width=width, dtype=v.dtype)
+    if backend == "definition":
         return definitions.matrix_state_preread(q, k, v, bonus, log_decay, state, scale)
+    if backend == "triton" and form == "vector":
+        run = kernels("matrix_state", "matrix_state_preread")
+        return run(q, k, v, bonus, log_decay, state, scale)
     dtype = accumulator(q, k, v, log_decay, state)
     if q.shape[1] == 1 and state is not None:
         read, final = _step(q, k, v, log_decay, state.to(dtype))

@@ -1,5 +1,7 @@
 """Triton kernels of the matrix state, without decay, with a fixed or with a scalar one.
 
+The decay of a key channel has its own, in `triton_vector_decay`.
+
 Chunks of C tokens (arXiv 2405.21060, section 6; 2312.06635, section 4.2). One kernel walks over the
 chunks of a head and stores the state before each; then every chunk is independent. The gradient
 does the same from the end: a walk for the gradients of the states, then every chunk on its own.
@@ -29,6 +31,7 @@ from .triton_common import (
     tile,
 )
 from .triton_step import step, step_serves
+from .triton_vector_decay import vector_state
 
 OP = "matrix_state"
 CHUNK = 64
@@ -43,7 +46,7 @@ def matrix_state(
     state: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """See `matrix_state.matrix_state`; log_decay is None, (H,) or (B, T, H).
+    """See `matrix_state.matrix_state`; log_decay is None, (H,), (B, T, H) or (B, T, H, K).
 
     Raises `Unsupported` for float64, for K or V above 256 and for tensors that are not on a GPU.
     """
@@ -54,9 +57,33 @@ def matrix_state(
         return step(q, k, v, None, log_decay, state, scale)
     start = None if state is None else state.float().contiguous()
     q, k, v_ = (t.to(dtype).contiguous() for t in (q, k, v))
+    if log_decay is not None and log_decay.ndim == 4:
+        o, final = vector_state(q, k, v_, log_decay, None, start, scale)
+        return o.to(v.dtype), final
     o, final = _MatrixState.apply(  # type: ignore[no-untyped-call]
         q, k, v_, log_decay, start, scale
     )
+    return o.to(v.dtype), final
+
+
+def matrix_state_preread(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bonus: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See `preread.matrix_state_preread`; log_decay is (B, T, H, K). Raises as `matrix_state`."""
+    check_device(OP, q)
+    check_width(OP, K=q.shape[-1], V=v.shape[-1])
+    dtype = common_dtype(OP, q, k, v)
+    if step_serves(q, k, v, bonus, log_decay, state):
+        return step(q, k, v, None, log_decay, state, scale, bonus=bonus)
+    start = None if state is None else state.float().contiguous()
+    q, k, v_ = (t.to(dtype).contiguous() for t in (q, k, v))
+    o, final = vector_state(q, k, v_, log_decay, bonus.contiguous(), start, scale)
     return o.to(v.dtype), final
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernel that decodes one token of a matrix state, plain or with the delta rule.
+"""The Triton kernel that decodes one token of a matrix state, in all of its forms.
 
 The state is read once and written once, which is all that a step must move.
 """
@@ -29,24 +29,29 @@ def step(
     log_decay: Tensor | None,
     state: Tensor | None,
     scale: float,
+    *,
+    bonus: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(B, 1, H, V) and the next state; `beta` (B, 1, H) makes it the delta rule's."""
+    """(B, 1, H, V) and the next state.
+
+    `beta` (B, 1, H) makes it the delta rule's, `bonus` (H, K) the one that reads before it writes,
+    `low_rank`, a and b (B, 1, H, K), diagonal plus low rank; the decay is None, (H,), (B, 1, H) or
+    (B, 1, H, K).
+    """
     batch, _, heads, key_width = q.shape
     value_width = v.shape[-1]
     tile_v = min(32, tile(value_width))
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     new = torch.empty((batch, heads, key_width, value_width), dtype=torch.float32, device=q.device)
+    a, b = (None, None) if low_rank is None else low_rank
+    given = (q, k, v, a, b, beta, bonus, log_decay, None if state is None else state.float())
     with on_device_of(q):
         _step[(batch * heads, triton.cdiv(value_width, tile_v))](
-            q.contiguous(), k.contiguous(), v.contiguous(),
-            None if beta is None else beta.contiguous(),
-            None if log_decay is None else log_decay.contiguous(),
-            None if state is None else state.float().contiguous(),
+            *(None if t is None else t.contiguous() for t in given),
             o, new, heads, scale,
             K=key_width, V=value_width, FULL_K=full_tile(key_width), TILE_V=tile_v,
-            DELTA=beta is not None, START=state is not None,
-            DECAY=log_decay is not None,
-            FIXED=log_decay is not None and log_decay.ndim == 1,
+            DECAY=0 if log_decay is None else log_decay.ndim,
             num_warps=4,
         )  # fmt: skip
     return o, new
@@ -55,11 +60,16 @@ def step(
 @triton.jit
 @no_type_check
 def _step(
-    q_ptr, k_ptr, v_ptr, beta_ptr, log_decay_ptr, state_ptr, o_ptr, new_ptr, H, scale,
+    q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, beta_ptr, bonus_ptr, log_decay_ptr, state_ptr,
+    o_ptr, new_ptr, H, scale,
     K: tl.constexpr, V: tl.constexpr, FULL_K: tl.constexpr, TILE_V: tl.constexpr,
-    DELTA: tl.constexpr, START: tl.constexpr, DECAY: tl.constexpr, FIXED: tl.constexpr,
+    DECAY: tl.constexpr,
 ):  # fmt: skip
-    """S' = e^g S + k v^T, or e^g S + k beta (v - e^g S^T k)^T;  o = scale S'^T q."""
+    """S' = e^g S + k v^T, e^g S + k beta (v - e^g S^T k)^T or e^g S + b (a^T S) + k v^T;
+    o = scale S'^T q, or, with a bonus u, scale (S + Diag(u) k v^T)^T q.
+
+    DECAY is the number of axes of the decay, 0 where there is none.
+    """
     bh = tl.program_id(0).to(tl.int64)
     row = tl.arange(0, FULL_K)
     column = tl.program_id(1) * TILE_V + tl.arange(0, TILE_V)
@@ -69,15 +79,28 @@ def _step(
     k = tl.load(k_ptr + bh * K + row, mask=row < K, other=0.0).to(tl.float32)
     v = tl.load(v_ptr + bh * V + column, mask=column < V, other=0.0).to(tl.float32)
     S = tl.zeros((FULL_K, TILE_V), dtype=tl.float32)
-    if START:
+    if state_ptr is not None:
         S = tl.load(state_ptr + entry, mask=there, other=0.0)
-        if DECAY:
-            head = bh % H if FIXED else bh
-            S = S * tl.exp(tl.load(log_decay_ptr + head).to(tl.float32))
-    if DELTA:
+    if bonus_ptr is not None:
+        u = tl.load(bonus_ptr + (bh % H) * K + row, mask=row < K, other=0.0).to(tl.float32)
+        o = tl.sum(S * q[:, None], axis=0) + tl.sum(q * u * k, axis=0) * v
+    if a_ptr is not None:
+        a = tl.load(a_ptr + bh * K + row, mask=row < K, other=0.0).to(tl.float32)
+        read = tl.sum(S * a[:, None], axis=0)
+    if DECAY == 4:
+        g = tl.load(log_decay_ptr + bh * K + row, mask=row < K, other=0.0)
+        S = S * tl.exp(g.to(tl.float32))[:, None]
+    elif DECAY > 0:
+        head = bh % H if DECAY == 1 else bh
+        S = S * tl.exp(tl.load(log_decay_ptr + head).to(tl.float32))
+    if a_ptr is not None:
+        b = tl.load(b_ptr + bh * K + row, mask=row < K, other=0.0).to(tl.float32)
+        S = S + b[:, None] * read[None, :]
+    if beta_ptr is not None:
         beta = tl.load(beta_ptr + bh).to(tl.float32)
         v = beta * (v - tl.sum(S * k[:, None], axis=0))
     S = S + k[:, None] * v[None, :]
     tl.store(new_ptr + entry, S, mask=there)
-    o = tl.sum(S * q[:, None], axis=0) * scale
-    tl.store(o_ptr + bh * V + column, o.to(o_ptr.dtype.element_ty), mask=column < V)
+    if bonus_ptr is None:
+        o = tl.sum(S * q[:, None], axis=0)
+    tl.store(o_ptr + bh * V + column, (o * scale).to(o_ptr.dtype.element_ty), mask=column < V)

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from mendel.kernels.backend import HAS_TRITON, Unsupported, choose, use_backend
+from mendel.kernels.long_conv import long_conv
 from mendel.kernels.matrix_state import matrix_state
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
@@ -70,14 +71,20 @@ def test_equals_definition(case: str) -> None:
 SHARED_KIB = {80: 163, 90: 227, 100: 227}
 """The shared memory that one program may take (CUDA programming guide, table of capabilities)."""
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
-FLOAT32 = ("prefix", "start", "last", "dprefix", "dlast", "dstate", "dstart", "state", "new")
+FLOAT32 = (
+    *("prefix", "start", "last", "dprefix", "dlast", "dstate", "dstart", "state", "new"),
+    *("g", "log_decay", "kept", "bonus", "dq", "dk", "dg", "dbonus"),
+)
 """Pointers to float32; all others are to the dtype of the inputs."""
 
 WIDE: dict[str, Any] = {"K": 128, "V": 128, "C": 64, "DECAY": True}
 TILES = {"TILE_K": 64, "TILE_V": 64}
 WALK = {"FULL_K": 128, "TILE_V": 32, "START": True}
 SCAN = {"TILE_T": 32, "TILE_D": 32, "START": True}
+VECTOR: dict[str, Any] = {"K": 128, "V": 128, "C": 64, "TILE_V": 64}
+HALVES: dict[str, Any] = {**VECTOR, "LEVELS": 6, "TILE_K": 32, "READ": True}
 STEP = {"K": 128, "V": 128, "FULL_K": 128, "TILE_V": 32}
+NO_STEP = {f"{p}_ptr": None for p in ("a", "b", "beta", "bonus", "log_decay", "state")}
 FIRST = {"DECAY": False, "prefix_ptr": None, "H": 1, "N": 1}
 """What a launch turns into constants: one head, one chunk, no decay."""
 
@@ -87,6 +94,9 @@ KERNELS: list[tuple[str, str, dict[str, Any]]] = [
     ("matrix_state", "_gradients", {**WIDE, **TILES}),
     ("delta_rule", "_delta_states", {**WIDE, **WALK}),
     ("delta_rule", "_delta_gradients", {**WIDE, **WALK}),
+    ("vector_decay", "_states", {**VECTOR, "TILE_K": 64, "START": True, "REVERSE": True}),
+    ("vector_decay", "_outputs", {**HALVES, "PRE": True}),
+    ("vector_decay", "_gradients", {**HALVES, "PRE": True}),
 ]
 PLAIN: list[tuple[str, str, dict[str, Any]]] = [
     (
@@ -100,15 +110,11 @@ PLAIN: list[tuple[str, str, dict[str, Any]]] = [
     ("delta_rule", "_delta_gradients", {**WIDE, **WALK, **FIRST}),
     ("diagonal_scan", "_forward", SCAN),
     ("diagonal_scan", "_backward", SCAN),
-    ("step", "_step", {**STEP, "DELTA": True, "START": True, "DECAY": True, "FIXED": False}),
-    (
-        "step",
-        "_step",
-        {
-            **STEP, "DELTA": False, "START": False, "DECAY": False, "FIXED": False,
-            "beta_ptr": None, "log_decay_ptr": None, "state_ptr": None,
-        },
-    ),
+    ("vector_decay", "_decayed", {"K": 128, "C": 64, "TILE_K": 64, "END": False, "PRE": True}),
+    ("vector_decay", "_outputs", {**HALVES, "PRE": False, "bonus_ptr": None, "H": 1, "N": 1}),
+    ("vector_decay", "_gradients", {**HALVES, "PRE": False, "bonus_ptr": None, "H": 1, "N": 1}),
+    ("step", "_step", {**STEP, "DECAY": 4}),
+    ("step", "_step", {**STEP, **NO_STEP, "DECAY": 0}),
 ]  # fmt: skip
 
 
@@ -153,7 +159,8 @@ def test_compiles_with_what_a_launch_makes_constant(
 
 def test_the_default_of_a_gpu() -> None:
     assert choose("matrix_state", "cuda", "scalar") == "triton"
-    assert choose("matrix_state", "cuda", "vector") == "chunked"
+    assert choose("matrix_state", "cuda", "vector") == "triton"
+    assert choose("long_conv", "cuda") == "chunked"
     assert choose("short_conv", "cuda") == "chunked"
     assert choose("matrix_state", "cuda", "none", width=273) == "chunked"
     assert choose("delta_rule", "cuda", dtype=torch.float64) == "chunked"
@@ -171,11 +178,8 @@ def test_what_the_kernels_do_not_serve(width: int, dtype: torch.dtype, reason: s
     with use_backend("triton"), pytest.raises(Unsupported, match=reason) as caught:
         matrix_state(x, x, x)
     assert caught.value.others == ("definition", "chunked")
-    with (
-        use_backend("triton"),
-        pytest.raises(Unsupported, match=r"matrix_state with decay vector.*it has no kernel"),
-    ):
-        matrix_state(x, x, x, -x.abs())
+    with use_backend("triton"), pytest.raises(Unsupported, match=r"long_conv.*it has no kernel"):
+        long_conv(x[:, :, 0], x[0, :, 0])
 
 
 def test_limits_of_the_kernels() -> None:

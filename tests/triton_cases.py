@@ -15,20 +15,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mendel.kernels import triton_delta_rule, triton_matrix_state
+from mendel.kernels import triton_delta_rule, triton_matrix_state, triton_vector_decay
 from mendel.kernels.backend import use_backend
 from mendel.kernels.bench import Case, check
 from mendel.kernels.delta_rule import delta_rule
 from mendel.kernels.diagonal_scan import diagonal_scan
 from mendel.kernels.matrix_state import matrix_state
+from mendel.kernels.preread import matrix_state_preread
 
 B, H = 2, 2
 OPS: dict[str, Any] = {
     "matrix_state": matrix_state,
+    "preread": matrix_state_preread,
     "delta_rule": delta_rule,
     "diagonal_scan": diagonal_scan,
 }
-SIZES = {"small": (8, 6), "tiled": (72, 80)}
+SIZES = {"small": (8, 6), "tiled": (72, 80), "halves": (16, 16)}
+"""K and V. A sequence of `halves` is one chunk of 64: blocks of 32 are cut in halves."""
 
 CASES: dict[str, tuple[str, str, int, str, bool]] = {
     f"{op}-{decay}-{tokens}-{size}-{'state' if start else 'fresh'}": (
@@ -51,6 +54,17 @@ CASES: dict[str, tuple[str, str, int, str, bool]] = {
         ("matrix_state", "scalar", 49, "small", True),
         ("matrix_state", "scalar", 17, "tiled", True),
         ("matrix_state", "forgetting", 40, "small", True),
+        ("matrix_state", "vector", 1, "small", True),
+        ("matrix_state", "vector", 3, "small", False),
+        ("matrix_state", "vector", 33, "small", True),
+        ("matrix_state", "vector", 17, "tiled", True),
+        ("matrix_state", "strong", 65, "halves", True),
+        ("matrix_state", "forgetting-vector", 40, "small", False),
+        ("preread", "fixed", 17, "small", True),
+        ("preread", "vector", 1, "small", True),
+        ("preread", "vector", 33, "small", False),
+        ("preread", "vector", 17, "tiled", True),
+        ("preread", "forgetting-vector", 49, "small", True),
         ("diagonal_scan", "scalar", 1, "small", True),
         ("diagonal_scan", "scalar", 40, "small", True),
         ("diagonal_scan", "forgetting", 33, "tiled", False),
@@ -64,7 +78,13 @@ CASES: dict[str, tuple[str, str, int, str, bool]] = {
 }
 DECODED = [f"{name}-decoded" for name, case in CASES.items() if case[2] == 1]
 """The cases of one token, again without gradients: the kernel that decodes."""
-HALF = [f"{op}-float16" for op in OPS]
+FLOAT16: dict[str, tuple[str, str | None]] = {
+    "matrix_state-float16": ("matrix_state", "scalar"),
+    "matrix_state-vector-float16": ("matrix_state", "vector"),
+    "delta_rule-float16": ("delta_rule", None),
+    "diagonal_scan-float16": ("diagonal_scan", None),
+}
+HALF = list(FLOAT16)
 """The kernels' half-precision paths, against the definition in float32 of the same inputs."""
 
 
@@ -83,6 +103,9 @@ def inputs(op: str, decay: str, tokens: int, size: str, start: bool) -> dict[str
         "fixed": -torch.rand(H),
         "scalar": -torch.rand(B, tokens, H),
         "forgetting": torch.where(torch.rand(B, tokens, H) < 0.2, -1e4, -0.01),
+        "vector": -torch.rand(B, tokens, H, key_width),
+        "strong": -60 * torch.rand(B, tokens, H, key_width),
+        "forgetting-vector": torch.where(torch.rand(B, tokens, H, key_width) < 0.2, -1e4, -0.01),
     }[decay]
     found: dict[str, Tensor | None] = {
         "q": torch.randn(B, tokens, H, key_width),
@@ -91,6 +114,8 @@ def inputs(op: str, decay: str, tokens: int, size: str, start: bool) -> dict[str
         "log_decay": g,
         "state": torch.randn(B, H, key_width, value_width) if start else None,
     }
+    if op == "preread":
+        found["bonus"] = torch.randn(H, key_width)
     if op == "delta_rule":
         found["beta"] = torch.rand(B, tokens, H)
     return found
@@ -126,11 +151,13 @@ def main() -> None:
         return t.fill_(torch.nan) if t.is_floating_point() else t
 
     # Short chunks, so that a short sequence has several and the last is not full.
-    triton_matrix_state.CHUNK = triton_delta_rule.CHUNK = 16
+    kernels = (triton_matrix_state, triton_delta_rule, triton_vector_decay)
     results = {}
     for name, (op, decay, tokens, size, start) in CASES.items():
         torch.manual_seed(tokens)
         given = inputs(op, decay, tokens, size, start)
+        for module in kernels:
+            module.CHUNK = 64 if size == "halves" else 16
         torch.empty = poisoned  # type: ignore[assignment]
         have = run(op, given, "triton")
         torch.empty = real_empty
@@ -146,10 +173,9 @@ def main() -> None:
                 "out": error(out, want["out"]),
                 "final": error(final, want["final"]),
             }
-    for op in OPS:
-        form = "scalar" if op == "matrix_state" else None
+    for name, (op, form) in FLOAT16.items():
         case = Case(op, form, 1, 65, 2, 24, torch.float16)
-        results[f"{op}-float16"] = check(case, "triton", "cpu")
+        results[name] = check(case, "triton", "cpu")
     json.dump(results, sys.stdout)
 
 
