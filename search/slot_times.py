@@ -23,15 +23,15 @@ def slot_times(
     and the additions to the stream are outside.
     """
     readings: list[list[Any]] = []
-    plain = model._slot
+    plain: Any = model._slot
 
-    def timed(i: int, *rest: Any) -> torch.Tensor:
+    def timed(i: int, *rest: Any) -> Any:
         began = _now(device)
         out = plain(i, *rest)
         readings[-1].append((began, _now(device)))
         return out
 
-    model._slot = timed  # type: ignore[method-assign]
+    model._slot = timed  # type: ignore[method-assign, assignment]
     try:
         for _ in range(REPEATS):
             readings.append([])
