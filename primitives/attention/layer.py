@@ -255,7 +255,7 @@ class Attention(_Common, Operator):
         """Queries (B, T, H, K) and keys and values from their product (B, T, mixed_width), normed
         and turned; the first token's position is `start`."""
         config = self.config
-        heads = mixed.unflatten(-1, (-1, config.head_dim))
+        heads = mixed.unflatten(-1, (-1, config.head_dim))  # type: ignore[no-untyped-call]
         counts = [config.heads, config.kv_heads, config.kv_heads]
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = torch.split(heads, counts, 2)
