@@ -109,6 +109,11 @@ def difference(genome: Genome, seed: int, dtype: torch.dtype = torch.float32) ->
     return float((split - whole).abs().max() / scale)
 
 
+def chooses(genome: Genome) -> bool:
+    """Whether a module of it makes discrete choices by the data."""
+    return any(hasattr(m, "route") or hasattr(m, "choose") for m in build(genome).modules())
+
+
 def disagreements(count: int, seed: int = 0) -> Iterator[Disagreement | None]:
     """One entry per random genome: None where the two forms agree to TOLERANCE in float32."""
     space = wide_space()
@@ -121,7 +126,4 @@ def disagreements(count: int, seed: int = 0) -> Iterator[Disagreement | None]:
             yield None
         else:
             exact = difference(genome, index, torch.float64)
-            routed = any(
-                hasattr(m, "route") or hasattr(m, "choose") for m in build(genome).modules()
-            )
-            yield Disagreement(show(genome), index, found, exact, routed)
+            yield Disagreement(show(genome), index, found, exact, chooses(genome))

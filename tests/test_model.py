@@ -5,7 +5,14 @@ import pytest
 import torch
 from flop_count import counter as flop_counter
 
-from mendel.genome.check import TOLERANCE, difference, disagreements, wide_space
+from mendel.genome.check import (
+    TOLERANCE,
+    Disagreement,
+    chooses,
+    difference,
+    disagreements,
+    wide_space,
+)
 from mendel.genome.cost import cost
 from mendel.genome.genome import Genome
 from mendel.genome.model import LanguageModel, build
@@ -42,6 +49,28 @@ def test_the_check_sees_a_form_that_differs(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(LanguageModel, "forward", forward)
     assert difference(genome, 3) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "notation",
+    [
+        "{width=32} reformer-lsh",
+        "{width=32} routing-attention",
+        "{width=32} nsa",
+        "{width=32, position=rope} sparsek(window=2, selected=3)",
+    ],
+)
+def test_patterns_that_the_data_decide_agree_and_are_known_to_choose(notation: str) -> None:
+    genome = parse(notation)
+    assert max(difference(genome, seed) for seed in range(8)) <= TOLERANCE
+    assert chooses(genome)
+    assert not chooses(parse("{width=32} mla > swiglu"))
+
+
+def test_a_flip_at_a_tie_is_no_fault_and_a_difference_in_float64_is() -> None:
+    assert Disagreement("", 0, 0.3, 1e-14, routed=True).cause == "tie"
+    assert Disagreement("", 0, 0.3, 1e-14, routed=False).cause == "fault"
+    assert Disagreement("", 0, 0.3, 0.3, routed=True).cause == "fault"
 
 
 @pytest.mark.parametrize("index", range(30))

@@ -69,7 +69,7 @@ def _attend(
     if end != tokens or kv.tokens != tokens:
         return _in_pieces(q, kv, pattern, score, position)
     keys, values = kv.keys.to(q.dtype), kv.values.to(q.dtype)
-    case = form(pattern, score, position is not None, q)
+    case = form(pattern, score, position is not None, q, values)
     backend = choose("attention", q.device, case)
     if backend == "definition":
         return weigh(q, keys, values, _bias(q, kv, pattern, position), score)

@@ -25,7 +25,7 @@ NARROWEST = 16
 """The narrowest head of FlexAttention's kernels."""
 
 
-def form(pattern: HeadPattern, score: Score, biased: bool, q: Tensor) -> str:
+def form(pattern: HeadPattern, score: Score, biased: bool, q: Tensor, values: Tensor) -> str:
     """The case of attention that `backend.choose` decides on: `pattern` is what FlexAttention does.
 
     The others: `full`, which torch's own kernels do; `biased` by position; `scores` that are no
@@ -39,7 +39,7 @@ def form(pattern: HeadPattern, score: Score, biased: bool, q: Tensor) -> str:
         return "scores"
     if q.dtype not in TRITON_DTYPES:
         return "double"
-    return "pattern" if q.shape[-1] >= NARROWEST else "narrow"
+    return "pattern" if min(q.shape[-1], values.shape[-1]) >= NARROWEST else "narrow"
 
 
 def attend_flex(q: Tensor, keys: Tensor, values: Tensor, pattern: HeadPattern) -> Tensor:
