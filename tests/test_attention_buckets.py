@@ -10,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ReformerConfig
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
+from mendel.genome.model import build as language_model
+from mendel.genome.notation import parse
 from mendel.primitives.attention.bucketed import BucketedAttention, BucketedConfig
 from mendel.primitives.attention.hashed import HashedAttention, HashedConfig, attend_in_chunks
 from mendel.primitives.attention.routing import DECAY, RoutingAttention, RoutingConfig
@@ -295,6 +297,16 @@ def test_the_published_forms_read_the_whole_sequence(name: str) -> None:
         assert counter.get_total_flops() == pytest.approx(counted.flops_per_token * tokens)
     module(x)[0].square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in module.parameters())
+
+
+def test_a_models_step_moves_the_centroids() -> None:
+    model = language_model(parse("{width=32} routing-attention > swiglu")).train()
+    name = next(n for n, _ in model.named_buffers() if n.endswith("centroids"))
+    before = model.state_dict()[name].clone()
+    model(torch.randint(256, (2, 9)))
+    assert torch.equal(model.state_dict()[name], before)
+    model.after_step()
+    assert not torch.equal(model.state_dict()[name], before)
 
 
 @pytest.mark.parametrize("causal", [True, False])

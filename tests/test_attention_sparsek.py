@@ -99,7 +99,7 @@ def test_sparsek_at_ties_and_gaps(z: list[float], k: int) -> None:
 
 
 def test_sparseks_gradient_is_that_of_its_definition() -> None:
-    """dp_i/dz_j = [i = j] - 1/n among the n gates between 0 and 1 (equation 6), else 0; and the
+    """dp_i/dz_j = [i = j] - 1/n among the n gates between 0 and 1, else 0; and the
     same by finite differences of the bisection."""
     z = torch.tensor([0.9, 0.1, 0.4, -0.3, 2.5, 0.55], dtype=torch.float64, requires_grad=True)
     p = sparsek(z, 3)

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.letters import BTD
@@ -152,7 +153,10 @@ class _Common(nn.Module):
         made = self.kv_up(latents).reshape(*latents.shape[:2], c.heads, -1).transpose(1, 2)
         keys, values = torch.split(made, [c.head_dim, c.value_dim], -1)
         keys = torch.cat((keys, turned.unsqueeze(1).expand(-1, c.heads, -1, -1)), -1)
-        return attend(q, KeyValues(keys, values), c.pattern, self.scoring.begin(None), None)
+        # Torch's quick kernels want values as wide as keys.
+        values = F.pad(values, (0, max(c.query_dim - c.value_dim, 0)))
+        out = attend(q, KeyValues(keys, values), c.pattern, self.scoring.begin(None), None)
+        return out[..., : c.value_dim]
 
     def _absorbed(self, q: Tensor, kv: KeyValues) -> Tensor:
         """The decode form: all heads attend to the latents themselves, (B, H, T, V)."""

@@ -2,7 +2,7 @@
 
 Queries and keys are one vector per token, normalised to length sqrt(K) (a LayerNorm without
 parameters). Centroids mu cluster them by spherical k-means: they take no gradient, and move after
-each training step, mu <- decay * mu + (1 - decay) * mean of the vectors nearest to mu (4.1).
+each training step, mu <- decay * mu + (1 - decay) * mean of the vectors nearest to mu.
 
 The published form (`causal=false` here) lets every cluster take the w vectors with the largest
 mu . q of the whole sequence; a token in several clusters gets the sum of what they give, one in
@@ -11,8 +11,8 @@ into the cluster of its largest mu . q and shows it the last w tokens of that cl
 included, so clusters are no longer of equal size, and no token is left out. Without causality
 queries and keys are two vectors, and a cluster takes w of each.
 
-The paper adds the vectors up and does not say how centroids stay on the sphere; here a centroid
-moves towards the mean and is normalised again, and one without vectors stays.
+Here a centroid moves towards the mean of its vectors, where the paper's update adds them up, and is
+normalised again; one without vectors stays.
 """
 
 from __future__ import annotations
