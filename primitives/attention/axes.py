@@ -17,6 +17,7 @@ from .latent import (
 )
 from .layer import AttentionConfig
 from .longformer import longformer
+from .low_rank_axes import LOW_RANK_AXES, LOW_RANK_FORMS, LOW_RANK_POINTS
 from .memory_axes import MEMORY_AXES, MEMORY_POINTS, memory_pattern, with_memory
 from .pattern_axes import PATTERN_AXES, PATTERN_POINTS, pattern_of
 from .patterns import Pattern, pattern_problem
@@ -45,7 +46,7 @@ def lending_problem(lender: object, borrower: object) -> str | None:
     return pattern_problem(lender.pattern, borrower.pattern)
 
 
-FORMS: dict[str, Callable[[Site, Mapping[str, Gene]], Config]] = {**CHOSEN_FORMS}
+FORMS: dict[str, Callable[[Site, Mapping[str, Gene]], Config]] = {**CHOSEN_FORMS, **LOW_RANK_FORMS}
 """Patterns whose layer is another module than `layer.py`'s: what makes their configs."""
 
 
@@ -116,6 +117,7 @@ ATTENTION = Primitive(
         *LATENT_AXES,
         *PATTERN_AXES,
         *MEMORY_AXES,
+        *LOW_RANK_AXES,
         *CHOSEN_AXES,
         *POSITION_AXES,
         Axis(
@@ -152,6 +154,7 @@ ATTENTION = Primitive(
         *LATENT_POINTS,
         *PATTERN_POINTS,
         *MEMORY_POINTS,
+        *LOW_RANK_POINTS,
         *CHOSEN_POINTS,
         *SCORE_POINTS,
         *POSITION_POINTS,

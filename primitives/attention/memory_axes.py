@@ -19,8 +19,8 @@ MEMORY_AXES = (
     Axis(
         "segment",
         16,
-        "tokens of a segment: with transformer-xl, compressive and memformer the memory moves on "
-        "at its end",
+        "transformer-xl, compressive, memformer: tokens of a segment, at whose end the memory moves"
+        " on; linformer: tokens of a block, which see one another exactly",
         low=1.0,
         high=65536.0,
         search=(16, 32),

@@ -29,6 +29,9 @@ REMEMBERING = ("transformer-xl", "compressive", "memformer")
 BY_DATA = ("lsh", "routing", "sparsek", "native-sparse")
 """Those that the data decide, see chosen_axes.py."""
 
+LOW_RANK = ("linformer", "nystrom", "synthesizer-dense", "synthesizer-random")
+"""Those whose weights have a low rank or are made without keys, see low_rank_axes.py."""
+
 BOTH_WAYS = ("full", "sliding", "global", "bigbird", "multi-scale")
 """Those that can also read later tokens."""
 
@@ -43,10 +46,11 @@ PATTERN_AXES = (
         " dilated window; its own chunk; Sparse Transformer's strided or fixed pattern, one half of"
         " the key-value heads local, the other reading far; BigBird's blocks; windows that double"
         " from head to head; a window whose span is learned; a segment and a memory of earlier ones"
-        " (transformer-xl, compressive, memformer); what shares its hashed bucket (lsh) or its"
-        " cluster (routing); a window and the best by a learned score (sparsek), or compressed and"
-        " selected blocks (native-sparse)",
-        options=(*PATTERNS, *REMEMBERING, *BY_DATA),
+        " (transformer-xl, compressive, memformer); all, by landmarks (linformer, nystrom) or with"
+        " weights that no key makes (synthesizer-dense, synthesizer-random); what shares its"
+        " hashed bucket (lsh) or its cluster (routing); a window and the best by a learned score"
+        " (sparsek), or compressed and selected blocks (native-sparse)",
+        options=(*PATTERNS, *REMEMBERING, *BY_DATA, *LOW_RANK),
         search=("full", "sliding", "dilated", "chunked", "fixed", "bigbird", "multi-scale"),
     ),
     Axis(
