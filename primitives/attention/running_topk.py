@@ -1,8 +1,8 @@
 """SPARSEK, and the k best so far with their gates, for every prefix of a sequence of scores.
 
 SPARSEK(z, k) = argmin |p - z|^2 over 0 <= p <= 1 with sum p = k (Lou et al., arXiv 2406.16747),
-which is clamp(z - tau, 0, 1) for the tau that makes the sum k: the k best of z, with
-gates that have a gradient.
+which is clamp(z - tau, 0, 1) for the tau that makes the sum k: the k best of z, with gates that
+have a gradient.
 
 When scores are added, tau does not fall, so a score at or below it has no gate ever again: each
 step needs only those above.

@@ -3,8 +3,9 @@
 A linear scorer gives every token one score per key-value head, u_t = w . x_t + slope * t, that does
 not depend on the query. A query attends to its window of w tokens and, of the tokens before, to the
 k with the largest u, in one softmax; the values of those k are multiplied by their gates in
-SPARSEK(u, k), through which the scorer learns (Lou et al., with a sliding window). A token that is not among the best is never again, so it is forgotten: the
-cache holds the window, the k best, and of older tokens no more than their scores.
+SPARSEK(u, k), through which the scorer learns (Lou et al., with a sliding window). A token that is
+not among the best is never again, so it is forgotten: the cache holds the window, the k best, and
+of older tokens no more than their scores.
 
 The slope of the position is learned here and begins at zero.
 """
