@@ -112,7 +112,7 @@ class CompressiveAttention(SegmentAttention):
 
     def reduced(self, x: Tensor) -> Tensor:
         """f_c: (B, N c, D) to (B, N, D)."""
-        groups = x.unflatten(1, (-1, self.pattern.rate))
+        groups = torch.unflatten(x, 1, (-1, self.pattern.rate))
         if self.compress is not None:
             out: Tensor = self.compress(groups.flatten(2))
             return out
@@ -185,7 +185,9 @@ class CompressiveAttention(SegmentAttention):
         c = self.config
         span = slice(c.query_width, c.mixed_width)
         bias = None if self.entry.bias is None else self.entry.bias[span]
-        mixed = F.linear(small, self.entry.weight[span], bias).unflatten(-1, (-1, c.head_dim))
+        mixed = torch.unflatten(
+            F.linear(small, self.entry.weight[span], bias), -1, (-1, c.head_dim)
+        )
         keys, values = mixed.chunk(2, 2)
         if self.k_norm is not None:
             keys = self.k_norm(keys)
@@ -219,21 +221,22 @@ class CompressiveAttention(SegmentAttention):
         count = max(0, (x.shape[1] - skip) // size)
         if count <= back:
             return None
-        segments = x[:, skip : skip + count * size].unflatten(1, (count, size))
+        segments = torch.unflatten(x[:, skip : skip + count * size], 1, (count, size))
         old = segments[:, : count - back].flatten(0, 1)
         with torch.no_grad():
             q = self._content(segments[:, back:].flatten(0, 1))[0]
             wanted = F.scaled_dot_product_attention(q, *self._content(old)[1:])
         got = F.scaled_dot_product_attention(q, *self._content(self.reduced(old))[1:])
-        return torch.linalg.vector_norm(got - wanted, dim=(1, 3)).mean()
+        distance: Tensor = torch.linalg.vector_norm(got - wanted, dim=(1, 3))
+        return distance.mean()
 
     def _content(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, T, K) by weights that get no gradient."""
         c = self.config
-        weight, bias = self.entry.weight[: c.mixed_width].detach(), self.entry.bias
-        bias = None if bias is None else bias[: c.mixed_width].detach()
-        heads = F.linear(x, weight, bias).unflatten(-1, (-1, c.head_dim))
-        q, k, v = heads.split([c.heads, c.kv_heads, c.kv_heads], 2)
+        weight = self.entry.weight[: c.mixed_width].detach()
+        bias = None if self.entry.bias is None else self.entry.bias[: c.mixed_width].detach()
+        heads = torch.unflatten(F.linear(x, weight, bias), -1, (-1, c.head_dim))
+        q, k, v = torch.split(heads, [c.heads, c.kv_heads, c.kv_heads], 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = (
                 functional_call(norm, {n: p.detach() for n, p in norm.named_parameters()}, (t,))

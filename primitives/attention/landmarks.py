@@ -31,7 +31,7 @@ def pseudo_inverse(a: Tensor) -> Tensor:
 
 def scores_of(q: Tensor, k: Tensor) -> Tensor:
     """Q K^T / sqrt(K) in float32 at least."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.mT
+    scores: Tensor = (q * q.shape[-1] ** -0.5) @ k.mT
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
@@ -62,9 +62,9 @@ def prefixes(queries: Tensor, keys: Tensor, k: Tensor, v: Tensor) -> tuple[Landm
     index = torch.arange(count, device=k.device)
     # [N, i]: segment i is among the first N + 1.
     inside = index <= index[:, None]
-    scores = scores_of(queries, k.to(queries.dtype)).unflatten(3, (count, -1))
+    scores = torch.unflatten(scores_of(queries, k.to(queries.dtype)), 3, (count, -1))
     logs = scores.logsumexp(-1)
-    segments = v.to(queries.dtype).unflatten(2, (count, -1))
+    segments = torch.unflatten(v.to(queries.dtype), 2, (count, -1))
     parts = (scores.softmax(-1).transpose(2, 3) @ segments).transpose(2, 3)
     # (B, H, j, N, i)
     shares = logs[:, :, :, None].masked_fill(~inside, -torch.inf)

@@ -49,8 +49,8 @@ class LinformerConfig(HeadsConfig):
         params += 2 * self.landmarks * self.length
         each = 2 * self.landmarks * self.kv_width
         if not self.causal:
-            flops = products + each + 2 * self.query_width * self.landmarks
-            return Cost(params, params, 2.0 * flops, 0)
+            whole_pass = products + each + 2 * self.query_width * self.landmarks
+            return Cost(params, params, 2.0 * whole_pass, 0)
         whole, rest = divmod(context, self.block)
         near = whole * self.block * (self.block + 1) // 2 + rest * (rest + 1) // 2
         far = self.landmarks * max(0, context - self.block)
@@ -117,8 +117,8 @@ class Linformer(HeadsOperator):
                 k, v = (torch.cat((f.to(q.dtype), t), 2) for f, t in zip(far, near, strict=True))
             out = weigh(q, k, v, None, Score())
             if far is not None and lead == block - 1:
-                sums = self._projected(*near, start - lead)
-                for buffer, new in zip(far, sums, strict=True):
+                ended = self._projected(*near, start - lead)
+                for buffer, new in zip(far, ended, strict=True):
                     buffer += new[:, :, 0]
             return out
         if lead:
@@ -142,7 +142,8 @@ class Linformer(HeadsOperator):
         block = self.config.block
         span = slice(start, start + k.shape[2])
         return [
-            table[:, span].unflatten(1, (-1, block)).transpose(0, 1) @ t.unflatten(2, (-1, block))
+            torch.unflatten(table[:, span], 1, (-1, block)).transpose(0, 1)
+            @ torch.unflatten(t, 2, (-1, block))
             for table, t in ((self.key_map, k), (self.value_map, v))
         ]
 
@@ -168,7 +169,7 @@ class Linformer(HeadsOperator):
         out, first = [], 0
         if start == 0:
             # Nothing stands before the first block.
-            out.append(weigh(*(t[:, :, :block] for t in (q, k, v)), CAUSAL, Score()))
+            out.append(weigh(q[:, :, :block], k[:, :, :block], v[:, :, :block], CAUSAL, Score()))
             first = 1
         count = -(-tokens // block) - first
         if count > 0:
@@ -176,7 +177,7 @@ class Linformer(HeadsOperator):
 
             def by_block(t: Tensor) -> Tensor:
                 t = F.pad(t[:, :, first * block :], (0, 0, 0, pad))
-                return t.unflatten(2, (count, block)).transpose(1, 2)
+                return torch.unflatten(t, 2, (count, block)).transpose(1, 2)
 
             both = [
                 torch.cat(
@@ -189,7 +190,7 @@ class Linformer(HeadsOperator):
             bias = bias.masked_fill(hidden, -torch.inf)[None, None]
             queries = by_block(q).flatten(0, 1)
             rest = weigh(queries, both[0].flatten(0, 1), both[1].flatten(0, 1), bias, Score())
-            rest = rest.unflatten(0, (q.shape[0], count)).transpose(1, 2).flatten(2, 3)
+            rest = torch.unflatten(rest, 0, (q.shape[0], count)).transpose(1, 2).flatten(2, 3)
             out.append(rest[:, :, : tokens - first * block])
         return torch.cat(out, 2), last
 

@@ -140,7 +140,7 @@ class Nystrom(HeadsOperator):
         else:
             taps = self.taps.unsqueeze(1)
             mixed = F.conv1d(flat.mT, taps, padding=config.taps // 2, groups=taps.shape[0]).mT
-        return self._repeated(mixed.unflatten(-1, (config.kv_heads, -1)).transpose(1, 2))
+        return self._repeated(torch.unflatten(mixed, -1, (config.kv_heads, -1)).transpose(1, 2))
 
     def _both_ways(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         tokens, m = q.shape[2], self.config.landmarks
@@ -153,7 +153,7 @@ class Nystrom(HeadsOperator):
         lengths[-1] -= pad
         dtype = state_dtype(q.dtype)
         q_mean, k_mean = (
-            F.pad(t.to(dtype), (0, 0, 0, pad)).unflatten(2, (count, size)).sum(3) / lengths
+            torch.unflatten(F.pad(t.to(dtype), (0, 0, 0, pad)), 2, (count, size)).sum(3) / lengths
             for t in (q, k)
         )
         inverse = pseudo_inverse(scores_of(q_mean, k_mean).softmax(-1))
@@ -162,7 +162,7 @@ class Nystrom(HeadsOperator):
 
     def _means(self, t: Tensor) -> Tensor:
         """The means of whole segments, (B, heads, n s, K) to (B, heads, n, K)."""
-        segments = t.unflatten(2, (t.shape[2] // self.config.segment, self.config.segment))
+        segments = torch.unflatten(t, 2, (t.shape[2] // self.config.segment, self.config.segment))
         return segments.to(state_dtype(t.dtype)).mean(3)
 
     def _causal(
@@ -187,7 +187,7 @@ class Nystrom(HeadsOperator):
 
             def by_segment(t: Tensor, origin: int) -> Tensor:
                 t = F.pad(t[:, :, first * size - origin :], (0, 0, 0, pad))
-                return t.unflatten(2, (segments, size)).transpose(1, 2)
+                return torch.unflatten(t, 2, (segments, size)).transpose(1, 2)
 
             far_keys = held.keys[:, None].expand(-1, segments, -1, -1, -1).to(k.dtype)
             far_values = u[:, :, first - 1 : first - 1 + segments].transpose(1, 2).to(v.dtype)
@@ -205,7 +205,7 @@ class Nystrom(HeadsOperator):
                 bias.repeat(q.shape[0], 1, 1, 1),
                 Score(),
             )
-            rest = rest.unflatten(0, (q.shape[0], segments)).transpose(1, 2).flatten(2, 3)
+            rest = torch.unflatten(rest, 0, (q.shape[0], segments)).transpose(1, 2).flatten(2, 3)
             out.append(rest[:, :, : end - first * size])
         return torch.cat(out, 2), held
 

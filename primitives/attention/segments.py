@@ -288,4 +288,4 @@ def _steady(
     bias = _bias(queries, before, 0, before + size, position)
     keys = together(0, own.keys, memory.keys)
     out = weigh(queries, keys, together(1, own.values, memory.values), bias, score)
-    return out.unflatten(0, (batch, count)).transpose(1, 2).flatten(2, 3)
+    return torch.unflatten(out, 0, (batch, count)).transpose(1, 2).flatten(2, 3)

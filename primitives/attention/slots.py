@@ -146,7 +146,7 @@ class Memformer(Attention):
         heads, dtype = self.config.heads, memory.dtype
 
         def split(t: Tensor) -> Tensor:
-            return t.unflatten(-1, (heads, -1)).transpose(1, 2)
+            return torch.unflatten(t, -1, (heads, -1)).transpose(1, 2)
 
         width = self.config.width
         m = memory.to(z.dtype)

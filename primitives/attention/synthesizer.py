@@ -124,7 +124,7 @@ class Synthesizer(HeadsOperator):
     def _scores(self, x: BTD, start: int, end: int) -> Tensor:
         """B, (B or 1, H, T, S), of the tokens start..end-1 over positions 0..end-1."""
         if self.hidden is not None:
-            h = F.relu(self.hidden(x)).unflatten(-1, (self.config.heads, -1)).transpose(1, 2)
+            h = torch.unflatten(F.relu(self.hidden(x)), -1, (self.config.heads, -1)).transpose(1, 2)
             scores: Tensor = h @ self.columns[:, :end].mT + self.shift[:, None, :end]
             return scores
         if self.config.rank:
