@@ -28,8 +28,8 @@ Backend = Literal["definition", "chunked", "triton", "flex"]
 OPS = ("matrix_state", "delta_rule", "diagonal_scan", "short_conv", "long_conv", "attention")
 
 TRITON_FORMS: dict[str, tuple[str | None, ...]] = {
-    "matrix_state": ("none", "fixed", "scalar", "vector"),
-    "delta_rule": (None,),
+    "matrix_state": ("none", "fixed", "scalar", "vector", "preread"),
+    "delta_rule": (None, "vector", "diagonal-low-rank"),
     "diagonal_scan": (None,),
 }
 """The operators and their forms that have Triton kernels, in `triton_<operator>.py`."""
@@ -85,7 +85,9 @@ def current(
     The default is `triton` on a CUDA device for the forms that have kernels, heads of at most
     `WIDEST` and the dtypes of `TRITON_DTYPES`, `flex` there for the forms of `FLEX_FORMS`, else
     `chunked`. `form` names a case of the operator; for `matrix_state` the kind of decay (none,
-    fixed, scalar, vector). Raises `Unsupported` where a pinned backend does not exist for the form.
+    fixed, scalar, vector), or `preread`, a vector decay with reads before writes; for `delta_rule`
+    None, `vector` or `diagonal-low-rank`. Raises `Unsupported` where a pinned backend does not
+    exist for the form.
     """
     there = backends(op, form)
     pinned = _pinned.get()
@@ -95,7 +97,7 @@ def current(
         serves = "triton" in there and width <= WIDEST and dtype in TRITON_DTYPES
         return "triton" if serves and torch.device(device).type == "cuda" else "chunked"
     if pinned not in there:
-        name = op if form is None else f"{op} with decay {form}"
+        name = op if form is None else f"{op}, form {form}"
         if op in FLEX_FORMS:
             name = f"{op}, case {form}"
         reason = "it has no kernel" if HAS_TRITON or pinned == "flex" else "Triton is not installed"

@@ -25,8 +25,10 @@ from torch.nn import functional as F
 
 from .backend import OPS, Backend, Unsupported, backends, use_backend
 from .delta_rule import delta_rule
+from .diagonal_low_rank import diagonal_low_rank
 from .diagonal_scan import diagonal_scan
 from .matrix_state import matrix_state
+from .preread import matrix_state_preread
 from .short_conv import short_conv
 
 FUNCTIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
@@ -34,10 +36,13 @@ FUNCTIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "delta_rule": delta_rule,
     "diagonal_scan": diagonal_scan,
     "short_conv": short_conv,
+    "preread": matrix_state_preread,
+    "diagonal-low-rank": diagonal_low_rank,
 }
+"""By operator, or by the form that has a function of its own."""
 FORMS: tuple[tuple[str, str | None], ...] = (
-    *(("matrix_state", form) for form in ("none", "fixed", "scalar", "vector")),
-    ("delta_rule", None),
+    *(("matrix_state", form) for form in ("none", "fixed", "scalar", "vector", "preread")),
+    *(("delta_rule", form) for form in (None, "vector", "diagonal-low-rank")),
     ("diagonal_scan", None),
     ("short_conv", None),
 )
@@ -98,7 +103,9 @@ class Case:
             past = normal(B, H * K, TAPS - 1) if started else None
             return {"x": normal(B, T, H * K), "weight": normal(H * K, TAPS), "state": past}
         shapes = {"fixed": (H,), "scalar": (B, T, H), "vector": (B, T, H, K)}
-        form = "scalar" if self.op == "delta_rule" else self.form
+        form = {"preread": "vector", "diagonal-low-rank": "vector", None: "scalar"}.get(
+            self.form, self.form
+        )
         given: dict[str, Tensor | None] = {
             "q": normal(B, T, H, K),
             "k": F.normalize(normal(B, T, H, K).float(), dim=-1).to(self.dtype),
@@ -106,7 +113,14 @@ class Case:
             "log_decay": decay(*shapes[form]) if form in shapes else None,
             "state": normal(B, H, K, K).float() if started else None,
         }
-        if self.op == "delta_rule":
+        if self.form == "preread":
+            given["bonus"] = normal(H, K)
+        if self.form == "diagonal-low-rank":
+            unit = F.normalize(normal(B, T, H, K).float(), dim=-1)
+            given["a"] = -unit.to(self.dtype)
+            rate = torch.rand((B, T, H, 1), generator=generator).to(device)
+            given["b"] = (unit * rate).to(self.dtype)
+        elif self.op == "delta_rule":
             given["beta"] = torch.rand((B, T, H), generator=generator).to(device)
         return given
 
@@ -115,7 +129,8 @@ class Case:
 
         With e bytes per number and N tokens in all, chunks of C = 64 (at most T): the matrix state
         N H (4 K V + C (K + V)) and e N H (2 K + 2 V) + 4 N H, and for the decay of a key channel
-        4 N H K more; the delta rule N H (6 K V + C (3 K + 2 V) + C^2 / 3) and 4 N H more for beta;
+        4 N H K more; the delta rule N H (6 K V + C (3 K + 2 V) + C^2 / 3) and 4 N H more for beta,
+        diagonal plus low rank N H (8 K V + C (5 K + 4 V) + C^2 / 3) and 2 e N H K for a and b;
         the scan 2 N D and 3 e N D; the convolution 2 W N D and 2 e N D. The backward passes: twice
         the FLOPs (the delta rule 2.5 times) and e N H (4 K + 3 V), 5 e N D and 3 e N D bytes. A
         step moves its state, in float32, in and out.
@@ -132,8 +147,14 @@ class Case:
             moved, back_moved = 2.0 * e * N * D, 3.0 * e * N * D
             state = 2.0 * e * self.batch * D * (TAPS - 1)
         else:
-            decays = {"scalar": 4 * N * H, "vector": 4 * N * H * K}.get(self.form or "scalar", 0)
-            if self.op == "delta_rule":
+            per_channel = 4 * N * H * K
+            decays = {"scalar": 4 * N * H, "none": 0, "fixed": 0}.get(
+                self.form or "scalar", per_channel
+            )
+            if self.form == "diagonal-low-rank":
+                flops = N * H * (8.0 * K * K + (9.0 * C * K + C * C / 3 if C > 1 else 0.0))
+                back_flops, decays = 2.5 * flops, decays + 2 * e * N * H * K
+            elif self.op == "delta_rule":
                 flops = N * H * (6.0 * K * K + (5.0 * C * K + C * C / 3 if C > 1 else 0.0))
                 back_flops, decays = 2.5 * flops, decays + 4 * N * H
             else:
@@ -154,7 +175,7 @@ class Case:
 
 def run(case: Case, inputs: dict[str, Tensor | None], backend: Backend) -> tuple[Tensor, Tensor]:
     with use_backend(backend):
-        return FUNCTIONS[case.op](**inputs)
+        return FUNCTIONS[case.form if case.form in FUNCTIONS else case.op](**inputs)
 
 
 def forward_and_backward(

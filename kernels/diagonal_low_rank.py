@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import definitions
-from .backend import choose, without_autocast
+from .backend import choose, kernels, without_autocast
 from .chunks import Cut, prefix_sums
 from .definitions import accumulator
 from .letters import BHKV, BTHK, BTHV
@@ -41,8 +41,13 @@ def diagonal_low_rank(
     """
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    if choose("delta_rule", q.device, "diagonal-low-rank") == "definition":
+    width = max(q.shape[-1], v.shape[-1])
+    backend = choose("delta_rule", q.device, "diagonal-low-rank", width=width, dtype=v.dtype)
+    if backend == "definition":
         return definitions.diagonal_low_rank(q, k, v, a, b, log_decay, state, scale)
+    if backend == "triton":
+        run = kernels("low_rank", "diagonal_low_rank")
+        return run(q, k, v, a, b, log_decay, state, scale)
     if q.shape[1] == 1 and state is not None:
         return _step(q, k, v, a, b, log_decay, state, scale)
     return _chunked(q, k, v, a, b, log_decay, state, scale)

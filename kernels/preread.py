@@ -34,7 +34,8 @@ def matrix_state_preread(
         scale = q.shape[-1] ** -0.5
     form = decay_form(log_decay)
     width = max(q.shape[-1], v.shape[-1])
-    backend = choose("matrix_state", q.device, form, width=width, dtype=v.dtype)
+    case = "preread" if form == "vector" else form
+    backend = choose("matrix_state", q.device, case, width=width, dtype=v.dtype)
     if backend == "definition":
         return definitions.matrix_state_preread(q, k, v, bonus, log_decay, state, scale)
     if backend == "triton" and form == "vector":

@@ -30,6 +30,7 @@ from .triton_common import (
     split_prefix,
     tile,
 )
+from .triton_low_rank import delta_rule_per_channel
 from .triton_matrix_state import _gradients, _outputs, launch_chunks
 from .triton_step import step, step_serves
 
@@ -55,6 +56,8 @@ def delta_rule(
     dtype = common_dtype(OP, q, k, v)
     if step_serves(q, k, v, beta, log_decay, state):
         return step(q, k, v, beta, log_decay, state, scale)
+    if log_decay is not None and log_decay.ndim == 4:
+        return delta_rule_per_channel(q, k, v, beta, log_decay, state, scale)
     tokens = q.shape[1]
     size = min(CHUNK, tile(tokens))
     # Chunks of exactly `size`: the kernels pad the last one themselves.

@@ -73,7 +73,7 @@ SHARED_KIB = {80: 163, 90: 227, 100: 227}
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
 FLOAT32 = (
     *("prefix", "start", "last", "dprefix", "dlast", "dstate", "dstart", "state", "new"),
-    *("g", "log_decay", "kept", "bonus", "dq", "dk", "dg", "dbonus"),
+    *("g", "log_decay", "kept", "bonus", "dq", "dk", "dg", "dbonus", "db", "dx", "inverse"),
 )
 """Pointers to float32; all others are to the dtype of the inputs."""
 
@@ -82,7 +82,10 @@ TILES = {"TILE_K": 64, "TILE_V": 64}
 WALK = {"FULL_K": 128, "TILE_V": 32, "START": True}
 SCAN = {"TILE_T": 32, "TILE_D": 32, "START": True}
 VECTOR: dict[str, Any] = {"K": 128, "V": 128, "C": 64, "TILE_V": 64}
-HALVES: dict[str, Any] = {**VECTOR, "LEVELS": 6, "TILE_K": 32, "READ": True}
+INSIDE: dict[str, Any] = {**VECTOR, "LEVELS": 6, "TILE_K": 32}
+HALVES: dict[str, Any] = {**INSIDE, "READ": True}
+ACROSS = {"K": 128, "V": 128, "C": 64, "FULL_K": 128, "TILE_V": 32}
+NO_KEYS = {"k_ptr": None, "H": 1, "N": 1}
 STEP = {"K": 128, "V": 128, "FULL_K": 128, "TILE_V": 32}
 NO_STEP = {f"{p}_ptr": None for p in ("a", "b", "beta", "bonus", "log_decay", "state")}
 FIRST = {"DECAY": False, "prefix_ptr": None, "H": 1, "N": 1}
@@ -97,6 +100,11 @@ KERNELS: list[tuple[str, str, dict[str, Any]]] = [
     ("vector_decay", "_states", {**VECTOR, "TILE_K": 64, "START": True, "REVERSE": True}),
     ("vector_decay", "_outputs", {**HALVES, "PRE": True}),
     ("vector_decay", "_gradients", {**HALVES, "PRE": True}),
+    ("low_rank", "_solve", {**INSIDE, "PRECISION": "tf32"}),
+    ("low_rank", "_low_rank_states", {**ACROSS}),
+    ("low_rank", "_direct", {**INSIDE}),
+    ("low_rank", "_low_rank_gradients", {**ACROSS}),
+    ("low_rank", "_solve_gradients", {**INSIDE, "PRECISION": "tf32"}),
 ]
 PLAIN: list[tuple[str, str, dict[str, Any]]] = [
     (
@@ -113,6 +121,17 @@ PLAIN: list[tuple[str, str, dict[str, Any]]] = [
     ("vector_decay", "_decayed", {"K": 128, "C": 64, "TILE_K": 64, "END": False, "PRE": True}),
     ("vector_decay", "_outputs", {**HALVES, "PRE": False, "bonus_ptr": None, "H": 1, "N": 1}),
     ("vector_decay", "_gradients", {**HALVES, "PRE": False, "bonus_ptr": None, "H": 1, "N": 1}),
+    ("low_rank", "_solve", {**INSIDE, **NO_KEYS, "PRECISION": "tf32"}),
+    (
+        "low_rank",
+        "_low_rank_states",
+        {**ACROSS, "H": 1, "N": 1, "late_k_ptr": None, "start_ptr": None},
+    ),
+    (
+        "low_rank",
+        "_solve_gradients",
+        {**INSIDE, **NO_KEYS, "dk_ptr": None, "PRECISION": "tf32"},
+    ),
     ("step", "_step", {**STEP, "DECAY": 4}),
     ("step", "_step", {**STEP, **NO_STEP, "DECAY": 0}),
 ]  # fmt: skip
@@ -134,7 +153,7 @@ def _compile(module: str, name: str, capability: int, constants: dict[str, Any])
     return triton.compile(
         ASTSource(kernel, signature, constexprs=constants),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": 4, "num_stages": 1 if module == "delta_rule" else 2},
+        options={"num_warps": 4, "num_stages": 2 if module in ("matrix_state", "step") else 1},
     )
 
 
@@ -160,6 +179,7 @@ def test_compiles_with_what_a_launch_makes_constant(
 def test_the_default_of_a_gpu() -> None:
     assert choose("matrix_state", "cuda", "scalar") == "triton"
     assert choose("matrix_state", "cuda", "vector") == "triton"
+    assert choose("delta_rule", "cuda", "diagonal-low-rank") == "triton"
     assert choose("long_conv", "cuda") == "chunked"
     assert choose("short_conv", "cuda") == "chunked"
     assert choose("matrix_state", "cuda", "none", width=273) == "chunked"

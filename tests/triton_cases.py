@@ -15,10 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mendel.kernels import triton_delta_rule, triton_matrix_state, triton_vector_decay
+from mendel.kernels import (
+    triton_delta_rule,
+    triton_low_rank,
+    triton_matrix_state,
+    triton_vector_decay,
+)
 from mendel.kernels.backend import use_backend
 from mendel.kernels.bench import Case, check
 from mendel.kernels.delta_rule import delta_rule
+from mendel.kernels.diagonal_low_rank import diagonal_low_rank
 from mendel.kernels.diagonal_scan import diagonal_scan
 from mendel.kernels.matrix_state import matrix_state
 from mendel.kernels.preread import matrix_state_preread
@@ -28,6 +34,7 @@ OPS: dict[str, Any] = {
     "matrix_state": matrix_state,
     "preread": matrix_state_preread,
     "delta_rule": delta_rule,
+    "low_rank": diagonal_low_rank,
     "diagonal_scan": diagonal_scan,
 }
 SIZES = {"small": (8, 6), "tiled": (72, 80), "halves": (16, 16)}
@@ -74,6 +81,18 @@ CASES: dict[str, tuple[str, str, int, str, bool]] = {
         ("delta_rule", "scalar", 49, "small", True),
         ("delta_rule", "scalar", 17, "tiled", True),
         ("delta_rule", "forgetting", 40, "small", False),
+        ("delta_rule", "vector", 1, "small", True),
+        ("delta_rule", "vector", 2, "small", False),
+        ("delta_rule", "vector", 33, "small", True),
+        ("delta_rule", "vector", 17, "tiled", True),
+        ("delta_rule", "strong", 40, "small", False),
+        ("delta_rule", "forgetting-vector", 40, "small", True),
+        ("delta_rule", "alike", 65, "halves", True),
+        ("low_rank", "vector", 1, "tiled", True),
+        ("low_rank", "vector", 33, "small", True),
+        ("low_rank", "vector", 17, "tiled", False),
+        ("low_rank", "strong", 65, "halves", True),
+        ("low_rank", "forgetting-vector", 40, "small", False),
     )
 }
 DECODED = [f"{name}-decoded" for name, case in CASES.items() if case[2] == 1]
@@ -82,10 +101,15 @@ FLOAT16: dict[str, tuple[str, str | None]] = {
     "matrix_state-float16": ("matrix_state", "scalar"),
     "matrix_state-vector-float16": ("matrix_state", "vector"),
     "delta_rule-float16": ("delta_rule", None),
+    "delta_rule-vector-float16": ("delta_rule", "vector"),
     "diagonal_scan-float16": ("diagonal_scan", None),
 }
 HALF = list(FLOAT16)
 """The kernels' half-precision paths, against the definition in float32 of the same inputs."""
+
+
+def unit(x: Tensor) -> Tensor:
+    return F.normalize(x, dim=-1)
 
 
 def inputs(op: str, decay: str, tokens: int, size: str, start: bool) -> dict[str, Tensor | None]:
@@ -104,18 +128,24 @@ def inputs(op: str, decay: str, tokens: int, size: str, start: bool) -> dict[str
         "scalar": -torch.rand(B, tokens, H),
         "forgetting": torch.where(torch.rand(B, tokens, H) < 0.2, -1e4, -0.01),
         "vector": -torch.rand(B, tokens, H, key_width),
+        "alike": -0.01 * torch.rand(B, tokens, H, key_width),
         "strong": -60 * torch.rand(B, tokens, H, key_width),
         "forgetting-vector": torch.where(torch.rand(B, tokens, H, key_width) < 0.2, -1e4, -0.01),
     }[decay]
     found: dict[str, Tensor | None] = {
         "q": torch.randn(B, tokens, H, key_width),
-        "k": F.normalize(torch.randn(B, tokens, H, key_width), dim=-1),
+        # Keys that resemble each other are where an inverse in the delta rule loses digits.
+        "k": unit(torch.randn(B, tokens, H, key_width) + (3 if decay == "alike" else 0)),
         "v": torch.randn(B, tokens, H, value_width),
         "log_decay": g,
         "state": torch.randn(B, H, key_width, value_width) if start else None,
     }
     if op == "preread":
         found["bonus"] = torch.randn(H, key_width)
+    if op == "low_rank":
+        direction = unit(torch.randn(B, tokens, H, key_width))
+        found["a"] = -direction
+        found["b"] = direction * torch.rand(direction.shape)
     if op == "delta_rule":
         found["beta"] = torch.rand(B, tokens, H)
     return found
@@ -151,7 +181,7 @@ def main() -> None:
         return t.fill_(torch.nan) if t.is_floating_point() else t
 
     # Short chunks, so that a short sequence has several and the last is not full.
-    kernels = (triton_matrix_state, triton_delta_rule, triton_vector_decay)
+    kernels = (triton_matrix_state, triton_delta_rule, triton_vector_decay, triton_low_rank)
     results = {}
     for name, (op, decay, tokens, size, start) in CASES.items():
         torch.manual_seed(tokens)
