@@ -35,6 +35,7 @@ from ..base import (
     Primitive,
     Site,
     State,
+    View,
     state_dtype,
 )
 from ..genes import choice, flag, whole
@@ -209,6 +210,12 @@ FOURIER = Primitive(
             {"causal": True, "scale": "orthonormal"},
             "after FNet (arXiv 2105.03824)",
             "sums over earlier tokens, with a fixed period in the place of the length, scaled",
+            view=View(
+                "S_{t mod N} += x_t; y_t = Re F_D(sum_j exp(-2 pi i j t / N) S_j)",
+                "at most N sums of the tokens whose positions agree modulo N",
+                "never: a sum keeps all of its terms",
+                "-S_{t mod N} . x_t, linear: linear attention whose keys are fixed by position",
+            ),
         ),
     ),
 )

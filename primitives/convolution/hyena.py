@@ -31,6 +31,7 @@ from ..base import (
     Primitive,
     Site,
     State,
+    View,
     state_dtype,
 )
 from ..genes import number, whole
@@ -255,5 +256,17 @@ HYENA = Primitive(
         Axis("fast", 15.0, "the fastest channel's decay over the length", low=0.0, high=1000.0),
     ),
     configure=configure,
-    points=(Point("hyena", {"order": 2, "taps": 3}, "Hyena (arXiv 2302.10866)"),),
+    points=(
+        Point(
+            "hyena",
+            {"order": 2, "taps": 3},
+            "Hyena (arXiv 2302.10866)",
+            view=View(
+                "z <- x_n * (h_n conv z), n = 1..N: each order keeps what it convolved",
+                "every gated value of every order so far, as a cache keeps keys",
+                "as far as the filters' learned windows decay; nothing is overwritten",
+                "none: values are put on record and not fitted",
+            ),
+        ),
+    ),
 )

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ...kernels.letters import BTD
-from ..base import Axis, Cost, Gene, Liv, Operator, Point, Primitive, Site, State
+from ..base import Axis, Cost, Gene, Liv, Operator, Point, Primitive, Site, State, View
 from ..genes import number, whole
 from ..recurrent_parts import ShortConv, inner_width, short_conv_params
 
@@ -90,6 +90,12 @@ SHORT_CONV = Primitive(
             "lfm2-conv",
             {"taps": 3, "expand": 1.0},
             "LFM2 (arXiv 2511.23404)",
+            view=View(
+                "R = (x_t, R_1, ..., R_{k-2}); y_t = w_0 x_t + sum_i w_i R_i, x_t = b_t * u_t gated",
+                "the last k - 1 gated inputs of every channel as they were",
+                "all at once, after k tokens; nothing fades before",
+                "none: inputs are put on record and not fitted",
+            ),
         ),
     ),
 )

@@ -28,6 +28,7 @@ from ..base import (
     Primitive,
     Site,
     State,
+    View,
 )
 from ..channel.mlp import ACTIVATION, activate
 from ..genes import choice, flag, whole
@@ -216,6 +217,12 @@ TOKEN_MLP = Primitive(
             {"causal": True, "units": 2, "activation": "gelu"},
             "after MLP-Mixer (arXiv 2105.01601)",
             "every position has hidden units of its own, and both tables are triangular",
+            view=View(
+                "h_u += W1[u, t] x_t for units u >= t; y_t = sum_{u <= t} W2[t, u] act(h_u)",
+                "sums of the tokens so far, one per channel and hidden unit",
+                "never: a sum keeps all of its terms",
+                "-W1[:, t] . h x_t, linear: linear attention whose keys are fixed by position",
+            ),
         ),
     ),
 )
