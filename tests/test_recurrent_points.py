@@ -8,7 +8,14 @@ from mendel.kernels.backend import use_backend
 from mendel.primitives.base import Operator, Site
 from mendel.primitives.catalogue import CATALOGUE, resolve
 
-POINTS = [point.name for row in CATALOGUE for point in row.points if point.view is not None]
+BOUNDED = {"causal-mixer"}
+"""Tables over positions end at 512 tokens: there is no long sequence to be accurate on."""
+POINTS = [
+    point.name
+    for row in CATALOGUE
+    for point in row.points
+    if point.view is not None and point.name not in BOUNDED
+]
 LOOPS = ("lstm", "gru", "bilstm", "bigru", "slstm")
 """Their only form is the loop over tokens."""
 

@@ -282,7 +282,7 @@ CONV_BLOCK = Primitive(
             "Conformer (arXiv 2005.08100), causal as in wav2vec2-BERT",
             "LayerNorm in BatchNorm's place; the norm at the entry is the backbone's",
             view=View(
-                "R = (x_t, R_1, ..., R_{k-2}); y_t = w_0 x_t + sum_i w_i R_i, read before the shift",
+                "R = (x_t, R_1, ..., R_{k-2}); y_t = w_0 x_t + sum_i w_i R_i before the shift",
                 "the last k - 1 inputs of every channel as they were",
                 "all at once, after k tokens; nothing fades before",
                 "none: inputs are put on record and not fitted",
@@ -304,7 +304,7 @@ CONV_BLOCK = Primitive(
             "ConvNeXt (arXiv 2201.03545)",
             "in one dimension; the causal half of the published 7 taps",
             view=View(
-                "R = (x_t, R_1, ..., R_{k-2}); y_t = w_0 x_t + sum_i w_i R_i, read before the shift",
+                "R = (x_t, R_1, ..., R_{k-2}); y_t = w_0 x_t + sum_i w_i R_i before the shift",
                 "the last k - 1 inputs of every channel as they were",
                 "all at once, after k tokens; nothing fades before",
                 "none: inputs are put on record and not fitted",
@@ -325,7 +325,7 @@ CONV_BLOCK = Primitive(
             "ConvMixer (arXiv 2201.09792)",
             "in one dimension; LayerNorm in BatchNorm's place; the backbone adds a residual",
             view=View(
-                "R = (x_t, R_1, ..., R_{k-2}); y_t = w_0 x_t + sum_i w_i R_i, read before the shift",
+                "R = (x_t, R_1, ..., R_{k-2}); y_t = w_0 x_t + sum_i w_i R_i before the shift",
                 "the last k - 1 inputs of every channel as they were",
                 "all at once, after k tokens; nothing fades before",
                 "none: inputs are put on record and not fitted",

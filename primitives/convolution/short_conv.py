@@ -91,7 +91,7 @@ SHORT_CONV = Primitive(
             {"taps": 3, "expand": 1.0},
             "LFM2 (arXiv 2511.23404)",
             view=View(
-                "R = (x_t, R_1, ..., R_{k-2}); y_t = w_0 x_t + sum_i w_i R_i, x_t = b_t * u_t gated",
+                "R = (x_t, R_1, ..., R_{k-2}); y_t = w_0 x_t + sum_i w_i R_i, x_t gated",
                 "the last k - 1 gated inputs of every channel as they were",
                 "all at once, after k tokens; nothing fades before",
                 "none: inputs are put on record and not fitted",
