@@ -268,8 +268,10 @@ OPERATORS = {"operators": {"mha": {}, "swiglu": {}}}
         (OPERATORS | {"depth": "4"}, "space.depth: a whole number, or [least, most]"),
         (
             OPERATORS | {"position": ["sin"]},
-            "space.position.0: position is one of rope, alibi, t5, xl, learned, sinusoidal, none, "
-            "not sin",
+            (
+                "space.position.0: position is one of rope, alibi, t5, xl, learned, sinusoidal, "
+                "none, not sin"
+            ),
         ),
         (
             OPERATORS | {"pattern": "odd"},
