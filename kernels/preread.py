@@ -38,7 +38,7 @@ def matrix_state_preread(
     backend = choose("matrix_state", q.device, case, width=width, dtype=v.dtype)
     if backend == "definition":
         return definitions.matrix_state_preread(q, k, v, bonus, log_decay, state, scale)
-    if backend == "triton" and form == "vector":
+    if backend == "triton" and (form == "vector" or q.shape[1] == 1):
         run = kernels("matrix_state", "matrix_state_preread")
         return run(q, k, v, bonus, log_decay, state, scale)
     dtype = accumulator(q, k, v, log_decay, state)

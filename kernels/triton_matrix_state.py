@@ -71,16 +71,23 @@ def matrix_state_preread(
     k: Tensor,
     v: Tensor,
     bonus: Tensor,
-    log_decay: Tensor,
+    log_decay: Tensor | None,
     state: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """See `preread.matrix_state_preread`; log_decay is (B, T, H, K). Raises as `matrix_state`."""
+    """See `preread.matrix_state_preread`. Raises as `matrix_state`.
+
+    Where a head's channels share their decay, `preread` has a cheaper form for many tokens.
+    """
     check_device(OP, q)
     check_width(OP, K=q.shape[-1], V=v.shape[-1])
     dtype = common_dtype(OP, q, k, v)
     if step_serves(q, k, v, bonus, log_decay, state):
         return step(q, k, v, None, log_decay, state, scale, bonus=bonus)
+    if log_decay is None:
+        log_decay = torch.zeros((), device=q.device).expand(q.shape)
+    elif log_decay.ndim < 4:
+        log_decay = log_decay[..., None].expand(q.shape)
     start = None if state is None else state.float().contiguous()
     q, k, v_ = (t.to(dtype).contiguous() for t in (q, k, v))
     o, final = vector_state(q, k, v_, log_decay, bonus.contiguous(), start, scale)

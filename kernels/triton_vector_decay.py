@@ -77,11 +77,11 @@ class _VectorState(torch.autograd.Function):
         early, _ = decayed(q, log_decay, ctx.size, ctx.scale, to_end=False, pre=pre)
         dafter, dstate = walk(early, do, kept, dfinal, ctx.size, reverse=True)
         dq, dk, dv, dg, dbonus = gradients(
-            q, k, v, log_decay, bonus, late, before, do, dafter, ctx.size, ctx.scale
+            q, k, v, log_decay, bonus, late, before, do, dafter, ctx.size, ctx.scale, dtype=q.dtype
         )
         return (
-            dq.to(q.dtype),
-            dk.to(k.dtype),
+            dq,
+            dk,
             dv,
             dg.to(log_decay.dtype),
             None if bonus is None else dbonus.sum(dim=(0, 2)).to(bonus.dtype),
@@ -146,13 +146,15 @@ def gradients(
     scale: float,
     *,
     read: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv (v's dtype), dg and the chunks' parts (B, H, N, K) of dbonus, in float32.
+    """dq, dk (`dtype`), dv (v's), dg and the chunks' parts (B, H, N, K) of dbonus, in float32.
 
     Without `read` only what the writes k v^T of these tokens do, not the state before the chunk.
     """
     batch, _, heads, key_width = q.shape
-    dq, dk, dg = (torch.empty(q.shape, dtype=torch.float32, device=q.device) for _ in range(3))
+    dq, dk = (torch.empty(q.shape, dtype=dtype, device=q.device) for _ in range(2))
+    dg = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     shape = (0 if bonus is None else batch, heads, before.shape[2], key_width)
     dbonus = torch.empty(shape, dtype=torch.float32, device=q.device)
@@ -453,5 +455,5 @@ def _gradients(
             tl.store(dbonus_ptr + (bh * N + n) * K + row, part, mask=row < K)
         dq += ditself[:, None] * k * weight[None, :]
         dk += ditself[:, None] * q * weight[None, :]
-        tl.store(dq_ptr + spot, dq, mask=inside)
-        tl.store(dk_ptr + spot, dk, mask=inside)
+        tl.store(dq_ptr + spot, dq.to(dq_ptr.dtype.element_ty), mask=inside)
+        tl.store(dk_ptr + spot, dk.to(dk_ptr.dtype.element_ty), mask=inside)

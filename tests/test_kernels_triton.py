@@ -85,7 +85,8 @@ VECTOR: dict[str, Any] = {"K": 128, "V": 128, "C": 64, "TILE_V": 64}
 INSIDE: dict[str, Any] = {**VECTOR, "LEVELS": 6, "TILE_K": 32}
 HALVES: dict[str, Any] = {**INSIDE, "READ": True}
 ACROSS = {"K": 128, "V": 128, "C": 64, "FULL_K": 128, "TILE_V": 32}
-NO_KEYS = {"k_ptr": None, "H": 1, "N": 1}
+SHORT = {"C": 16, "LEVELS": 4, "K": 64, "V": 64, "H": 1, "N": 1}
+"""One chunk of one head, short: these kernels take long to compile."""
 STEP = {"K": 128, "V": 128, "FULL_K": 128, "TILE_V": 32}
 NO_STEP = {f"{p}_ptr": None for p in ("a", "b", "beta", "bonus", "log_decay", "state")}
 FIRST = {"DECAY": False, "prefix_ptr": None, "H": 1, "N": 1}
@@ -119,9 +120,9 @@ PLAIN: list[tuple[str, str, dict[str, Any]]] = [
     ("diagonal_scan", "_forward", SCAN),
     ("diagonal_scan", "_backward", SCAN),
     ("vector_decay", "_decayed", {"K": 128, "C": 64, "TILE_K": 64, "END": False, "PRE": True}),
-    ("vector_decay", "_outputs", {**HALVES, "PRE": False, "bonus_ptr": None, "H": 1, "N": 1}),
-    ("vector_decay", "_gradients", {**HALVES, "PRE": False, "bonus_ptr": None, "H": 1, "N": 1}),
-    ("low_rank", "_solve", {**INSIDE, **NO_KEYS, "PRECISION": "tf32"}),
+    ("vector_decay", "_outputs", {**HALVES, **SHORT, "PRE": False, "bonus_ptr": None}),
+    ("vector_decay", "_gradients", {**HALVES, **SHORT, "PRE": False, "bonus_ptr": None}),
+    ("low_rank", "_solve", {**INSIDE, **SHORT, "k_ptr": None, "PRECISION": "tf32x3"}),
     (
         "low_rank",
         "_low_rank_states",
@@ -130,7 +131,7 @@ PLAIN: list[tuple[str, str, dict[str, Any]]] = [
     (
         "low_rank",
         "_solve_gradients",
-        {**INSIDE, **NO_KEYS, "dk_ptr": None, "PRECISION": "tf32"},
+        {**INSIDE, **SHORT, "k_ptr": None, "dk_ptr": None, "PRECISION": "tf32x3"},
     ),
     ("step", "_step", {**STEP, "DECAY": 4}),
     ("step", "_step", {**STEP, **NO_STEP, "DECAY": 0}),

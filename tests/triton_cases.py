@@ -67,6 +67,8 @@ CASES: dict[str, tuple[str, str, int, str, bool]] = {
         ("matrix_state", "vector", 17, "tiled", True),
         ("matrix_state", "strong", 65, "halves", True),
         ("matrix_state", "forgetting-vector", 40, "small", False),
+        ("preread", "none", 1, "small", False),
+        ("preread", "fixed", 1, "small", True),
         ("preread", "fixed", 17, "small", True),
         ("preread", "vector", 1, "small", True),
         ("preread", "vector", 33, "small", False),
