@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mendel.genome.check import TOLERANCE, difference
+from mendel.genome.model import build as model_of
 from mendel.genome.notation import parse
 from mendel.primitives.attention.axes import configure
 from mendel.primitives.attention.compressive import CompressedSegments, CompressiveAttention
@@ -248,6 +249,13 @@ def test_what_is_seen_is_what_is_counted() -> None:
 def test_it_is_a_slot_of_a_model() -> None:
     genome = parse("{width=32} compressive(segment=4, memory=4, compressed=4) > swiglu")
     assert difference(genome, 1) <= TOLERANCE
+    model = model_of(genome, vocab=16)
+    model(torch.randint(16, (2, 20)))
+    loss = model.auxiliary_loss()
+    assert loss is not None
+    loss.backward()  # type: ignore[no-untyped-call]
+    taught = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert taught == {"operators.0.compress.weight"}
 
 
 @pytest.mark.parametrize(
