@@ -1,7 +1,7 @@
 """Triton kernels of the (gated) delta rule.
 
 The WY form of `delta_rule._chunked`: the triangular systems of all chunks are independent and are
-left to torch's batched solver, in float32. What depends on the chunk before, the writes U - W S and
+solved first, in `triton_delta_solve`. What depends on the chunk before, the writes U - W S and
 the states, is walked over here; outputs and gradients of a chunk are the matrix state's kernels
 with the writes in place of the values.
 """
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .chunks import Cut, causal_exp
+from .chunks import Cut
 from .triton_common import (
     DOT,
     batch_stride,
@@ -30,6 +30,7 @@ from .triton_common import (
     split_prefix,
     tile,
 )
+from .triton_delta_solve import DeltaSolve
 from .triton_low_rank import delta_rule_per_channel
 from .triton_matrix_state import _gradients, _outputs, launch_chunks
 from .triton_step import step, step_serves
@@ -60,25 +61,20 @@ def delta_rule(
         return delta_rule_per_channel(q, k, v, beta, log_decay, state, scale)
     tokens = q.shape[1]
     size = min(CHUNK, tile(tokens))
-    # Chunks of exactly `size`: the kernels pad the last one themselves.
-    cut = Cut(tokens, -(-tokens // size), size)
-    keys, strength = cut(k.float()), cut(beta.float().unsqueeze(-1))
-    weighted = keys * strength
-    overlap = weighted @ keys.mT
     total = None
     if log_decay is not None:
-        total = cut(log_decay.double().unsqueeze(-1)).cumsum(dim=3)
-        overlap = overlap * causal_exp(total, torch.float32)
-        weighted = weighted * total.float().exp()
-        total = total.flatten(2)
-    sides = torch.cat((cut(v.float()) * strength, weighted), dim=-1)
-    solved = torch.linalg.solve_triangular(overlap, sides, upper=False, unitriangular=True)
-    values, erase = solved.to(dtype).split((v.shape[-1], k.shape[-1]), dim=-1)
+        # Chunks of exactly `size`: the kernels pad the last one themselves.
+        cut = Cut(tokens, -(-tokens // size), size)
+        total = cut(log_decay.double().unsqueeze(-1)).cumsum(dim=3).flatten(2)
+    q, k, v_ = (t.to(dtype).contiguous() for t in (q, k, v))
+    values, erase = DeltaSolve.apply(  # type: ignore[no-untyped-call]
+        k, v_, beta.float().contiguous(), total, size
+    )
     o, final = _Walk.apply(  # type: ignore[no-untyped-call]
-        q.to(dtype).contiguous(),
-        k.to(dtype).contiguous(),
-        values.contiguous(),
-        erase.contiguous(),
+        q,
+        k,
+        values,
+        erase,
         total,
         None if state is None else state.float().contiguous(),
         scale,

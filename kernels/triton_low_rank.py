@@ -130,7 +130,7 @@ class _LowRank(torch.autograd.Function):
         alone, u = (empty(*v.shape, dtype=v.dtype) for _ in range(2))
         launch_chunks(
             _solve, q, v, size, a, b, k, v, log_decay, inverse, through, alone,
-            PRECISION=_precision(q),
+            PRECISION=precision(q),
         )  # fmt: skip
         before = empty(batch, heads, chunks, key_width, value_width, dtype=q.dtype)
         last = empty(batch, heads, key_width, value_width)
@@ -177,7 +177,7 @@ class _LowRank(torch.autograd.Function):
         launch_chunks(
             _solve_gradients, q, v, size,
             a, b, k, v, u, log_decay, inverse, before, du, da, db, dk, dv, dg,
-            PRECISION=_precision(q),
+            PRECISION=precision(q),
         )  # fmt: skip
         return (
             dq.to(q.dtype),
@@ -191,7 +191,7 @@ class _LowRank(torch.autograd.Function):
         )
 
 
-def _precision(x: Tensor) -> str:
+def precision(x: Tensor) -> str:
     """How float32 tiles made of x are multiplied: TF32 has more digits than half precision has."""
     return str(DOT.value) if x.dtype == torch.float32 else "tf32"
 
@@ -230,6 +230,22 @@ def _walk(kernel: Any, q: Tensor, v: Tensor, size: int, *arguments: Any) -> None
 
 @triton.jit
 @no_type_check
+def unit_inverse(lower, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+    """(I - L)^-1, L strictly lower triangular, (C, C), C = 2^LEVELS."""
+    place = tl.arange(0, C)
+    X = tl.where(place[:, None] == place[None, :], 1.0, 0.0)
+    for level in tl.static_range(LEVELS):
+        part = tl.where(level_pairs(1 << level, C), lower, 0.0)
+        if level == 0:
+            X += part
+        else:
+            part = tl.dot(part, X, input_precision=PRECISION)
+            X += tl.dot(X, part, input_precision=PRECISION)
+    return X
+
+
+@triton.jit
+@no_type_check
 def _solve(
     a_ptr, b_ptr, k_ptr, v_ptr, g_ptr, inverse_ptr, through_ptr, alone_ptr, T, N, H,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
@@ -249,14 +265,7 @@ def _solve(
     lower = pair_scores(
         a_ptr, b_ptr, g_ptr, None, token, t, T, H, h, K, C, LEVELS, TILE_K, True, False
     )
-    X = tl.where(place[:, None] == place[None, :], 1.0, 0.0)
-    for level in tl.static_range(LEVELS):
-        part = tl.where(level_pairs(1 << level, C), lower, 0.0)
-        if level == 0:
-            X += part
-        else:
-            part = tl.dot(part, X, input_precision=PRECISION)
-            X += tl.dot(X, part, input_precision=PRECISION)
+    X = unit_inverse(lower, C, LEVELS, PRECISION)
     tl.store(inverse_ptr + ((bh * N + n) * C + place)[:, None] * C + place[None, :], X)
     X = X.to(dtype)
     for first in range(0, K, TILE_K):

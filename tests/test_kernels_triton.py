@@ -84,6 +84,7 @@ SCAN = {"TILE_T": 32, "TILE_D": 32, "START": True}
 VECTOR: dict[str, Any] = {"K": 128, "V": 128, "C": 64, "TILE_V": 64}
 INSIDE: dict[str, Any] = {**VECTOR, "LEVELS": 6, "TILE_K": 32}
 HALVES: dict[str, Any] = {**INSIDE, "READ": True}
+SOLVE: dict[str, Any] = {**WIDE, **TILES, "LEVELS": 6, "PRECISION": "tf32"}
 ACROSS = {"K": 128, "V": 128, "C": 64, "FULL_K": 128, "TILE_V": 32}
 SHORT = {"C": 16, "LEVELS": 4, "K": 64, "V": 64, "H": 1, "N": 1}
 """One chunk of one head, short: these kernels take long to compile."""
@@ -98,6 +99,8 @@ KERNELS: list[tuple[str, str, dict[str, Any]]] = [
     ("matrix_state", "_gradients", {**WIDE, **TILES}),
     ("delta_rule", "_delta_states", {**WIDE, **WALK}),
     ("delta_rule", "_delta_gradients", {**WIDE, **WALK}),
+    ("delta_solve", "_solve", SOLVE),
+    ("delta_solve", "_solve_gradients", SOLVE),
     ("vector_decay", "_states", {**VECTOR, "TILE_K": 64, "START": True, "REVERSE": True}),
     ("vector_decay", "_outputs", {**HALVES, "PRE": True}),
     ("vector_decay", "_gradients", {**HALVES, "PRE": True}),
@@ -119,6 +122,8 @@ PLAIN: list[tuple[str, str, dict[str, Any]]] = [
     ("delta_rule", "_delta_gradients", {**WIDE, **WALK, **FIRST}),
     ("diagonal_scan", "_forward", SCAN),
     ("diagonal_scan", "_backward", SCAN),
+    ("delta_solve", "_solve", {**SOLVE, **SHORT, "DECAY": False, "prefix_ptr": None}),
+    ("delta_solve", "_solve_gradients", {**SOLVE, **SHORT, "DECAY": False, "prefix_ptr": None}),
     ("vector_decay", "_decayed", {"K": 128, "C": 64, "TILE_K": 64, "END": False, "PRE": True}),
     ("vector_decay", "_outputs", {**HALVES, **SHORT, "PRE": False, "bonus_ptr": None}),
     ("vector_decay", "_gradients", {**HALVES, **SHORT, "PRE": False, "bonus_ptr": None}),
@@ -145,6 +150,8 @@ def _compile(module: str, name: str, capability: int, constants: dict[str, Any])
 
     kernel = getattr(import_module(f"mendel.kernels.triton_{module}"), name)
     types = {"scale": "fp32", **{f"{p}_ptr": "*fp32" for p in FLOAT32}}
+    if module == "delta_solve":
+        types |= {"beta_ptr": "*fp32", "dbeta_ptr": "*fp32"}
     signature = {
         argument: "constexpr"
         if argument in constants

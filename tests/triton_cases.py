@@ -83,6 +83,7 @@ CASES: dict[str, tuple[str, str, int, str, bool]] = {
         ("delta_rule", "scalar", 49, "small", True),
         ("delta_rule", "scalar", 17, "tiled", True),
         ("delta_rule", "forgetting", 40, "small", False),
+        ("delta_rule", "scalar", 65, "halves", True),
         ("delta_rule", "vector", 1, "small", True),
         ("delta_rule", "vector", 2, "small", False),
         ("delta_rule", "vector", 33, "small", True),
