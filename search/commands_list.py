@@ -7,13 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from ..genome import presets
+from ..genome import presets, published
+from ..genome.cost import DEFAULT_CONTEXT, cost
 from ..genome.notation import show as notation
-from ..primitives.base import Axis, Gene, Point, Primitive, show_gene
+from ..primitives.base import DTYPES, Axis, Gene, Point, Primitive, show_gene
 from ..primitives.catalogue import CATALOGUE, find
+from ..primitives.nearest import nearest
 from ..proxies.tasks import TASKS, find_task
-from .options import AsJson, examples
+from .options import DEFAULT_DTYPE, AsJson, Context, examples
 from .terminal import print_hanging, print_json, print_table, say, say_wrapped
+from .units import bytes_text, count_text
 
 app = typer.Typer()
 
@@ -172,12 +175,28 @@ def tasks(
 
 @app.command(
     name="presets",
-    epilog=examples("mendel presets", "mendel presets jamba-like", "mendel presets --json"),
+    epilog=examples(
+        "mendel presets",
+        "mendel presets jamba-like",
+        "mendel presets jamba-v0.1",
+        "mendel presets --context 262144 --json",
+    ),
 )
 def list_presets(
-    name: Annotated[str | None, typer.Argument(help="A preset.")] = None, as_json: AsJson = False
+    name: Annotated[str | None, typer.Argument(help="A preset.")] = None,
+    context: Context = None,
+    as_json: AsJson = False,
 ) -> None:
-    """List the published designs that ship with mendel, which baselines name; or explain one."""
+    """List the published designs, which baselines name at any size, and compare the published
+    models, which have their own; or explain one."""
+    at = context or DEFAULT_CONTEXT
+    if name is not None and name not in presets.names() and nearest(name, published.names()):
+        model = published.describe(name)
+        if as_json:
+            print_json(_published_dict(model, at))
+        else:
+            _print_published(model, at)
+        return
     if name is not None:
         preset = presets.describe(name)
         if as_json:
@@ -187,9 +206,78 @@ def list_presets(
         return
     rows = [presets.describe(each) for each in presets.names()]
     if as_json:
-        print_json([_preset_dict(preset) for preset in rows])
+        models = [_published_dict(published.describe(each), at) for each in published.names()]
+        print_json([_preset_dict(preset) for preset in rows] + models)
         return
     print_hanging([(p.name, f"{_flat(p.summary)}\n{p.motif}\n{_flat(p.source)}") for p in rows])
+    say()
+    say("Published models at their size", "bold")
+    _print_models([published.describe(each) for each in published.names()], at)
+
+
+def _print_models(models: list[published.Published], context: int) -> None:
+    found = [_published_dict(model, context) for model in models]
+    numbers = ["params", "active", "cache", "FLOPs/token", "attention"]
+    print_table(
+        ["model", *numbers],
+        [
+            [
+                d["name"],
+                count_text(d["params"]),
+                count_text(d["active_params"]),
+                bytes_text(d["cache_bytes"]),
+                count_text(d["flops_per_token"]),
+                f"{d['attention']} of {d['mixers']}",
+            ]
+            for d in found
+        ],
+        right=numbers,
+    )
+    say_wrapped(
+        f"Cache of one sequence of {context:,} tokens in {DEFAULT_DTYPE}; FLOPs are the mean over "
+        "its positions; attention: how many of the mixers it is.",
+        "dim",
+    )
+
+
+def _print_published(model: published.Published, context: int) -> None:
+    say_wrapped(f"{model.name}: {_flat(model.summary)}", "bold")
+    say_wrapped(f"Source: {_flat(model.source)}", "dim")
+    say()
+    counted = _published_dict(model, context)
+    lines = [
+        ("genome", notation(model.genome())),
+        (
+            "parameters",
+            f"{counted['params']:,}, of which a token uses {counted['active_params']:,}",
+        ),
+        ("cache", f"{counted['cache_bytes']:,} bytes"),
+    ]
+    if model.differs:
+        lines.append(("without", _flat(model.differs)))
+    print_hanging(lines)
+    _print_models([model], context)
+
+
+def _published_dict(model: published.Published, context: int) -> dict[str, Any]:
+    genome = model.genome()
+    total = cost(genome, context, DTYPES[DEFAULT_DTYPE]).total
+    attention, mixers = published.attention_count(genome)
+    return {
+        "name": model.name,
+        "summary": model.summary,
+        "source": model.source,
+        "differs": model.differs,
+        "genome": notation(genome),
+        "params": total.params,
+        "active_params": total.active_params,
+        "cache_bytes": total.state_bytes,
+        "flops_per_token": total.flops_per_token,
+        "attention": attention,
+        "mixers": mixers,
+        "context": context,
+        "dtype": DEFAULT_DTYPE,
+    }
 
 
 def _print_preset(preset: presets.Preset) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from ..genome import presets
+from ..genome import presets, published
 from ..genome.cost import DEFAULT_CONTEXT, ModelCost, cost
 from ..genome.files import from_dict, to_dict
 from ..genome.genome import Genome
@@ -148,6 +148,8 @@ def show(
     screen.print(Text(plain(notation(found.genome))), style="dim")
     if found.trial is not None:
         screen.print(Text(plain(_trial_line(found))))
+    if what in published.names():
+        screen.print(Text(plain(_exact_line(counted.total))))
     screen.print()
     for line in drawing(content, screen.width, unicode_works()):
         screen.print(line, soft_wrap=True)
@@ -161,6 +163,16 @@ def show(
             style="dim",
         )
     )
+
+
+def _exact_line(total: Cost) -> str:
+    """What is compared with a published model's own figures, to the last digit."""
+    words = [
+        f"{total.params:,} parameters",
+        f"{total.active_params:,} active",
+        f"cache {total.state_bytes:,} bytes",
+    ]
+    return " · ".join(words)
 
 
 def _trial_line(source: Source) -> str:

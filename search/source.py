@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..genome import presets, star
+from ..genome import presets, published, star
 from ..genome.files import from_dict, load
 from ..genome.genome import Genome
 from ..genome.header import DEFAULT_WIDTH
@@ -81,10 +81,14 @@ def _find(text: str, width: int | None, depth: int | None) -> Source:
         return Source(text, "genome", genome)
     if text in presets.names():
         return Source(text, text, presets.load(text, width, depth))
+    if text in published.names():
+        _no_scale(text, "a published model", width, depth)
+        return Source(text, text, published.load(text))
     if _is_word(text) and text not in names():
         sentence = f"no preset, primitive, file or trial is named {text!r}"
-        allowed = f"presets are {', '.join(presets.names())}"
-        raise Mistake(unknown(sentence, text, [*presets.names(), *names()], allowed))
+        known = [*presets.names(), *published.names()]
+        allowed = f"presets are {', '.join(known)}"
+        raise Mistake(unknown(sentence, text, [*known, *names()], allowed))
     if depth is not None:
         raise Mistake("--depth is for presets; a notation has the slots that it names")
     return Source(text, "genome", parse(text, width=DEFAULT_WIDTH if width is None else width))

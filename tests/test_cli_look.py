@@ -136,6 +136,31 @@ def test_listings(call: Call) -> None:
     assert "bits per byte" in call("tasks", "byte-text")[1]
 
 
+def test_published_models_are_listed_and_shown(call: Call) -> None:
+    rows = {p["name"]: p for p in loads(call("presets", "--context", "262144", "--json"))}
+    jamba = rows["jamba-v0.1"]
+    assert (jamba["params"], jamba["active_params"]) == (51_570_323_328, 12_110_311_296)
+    assert (jamba["attention"], jamba["mixers"]) == (4, 32)
+    assert rows["llama-3.1-8b"]["cache_bytes"] == 32 * 2**30
+    shown = loads(call("show", "llama-3.1-8b", "--context", "262144", "--json"))
+    for key in ("params", "active_params", "cache_bytes", "flops_per_token"):
+        assert shown[key] == rows["llama-3.1-8b"][key]
+    assert "51,570,323,328 parameters · 12,110,311,296 active" in call("show", "jamba-v0.1")[1]
+    out = call("presets")[1]
+    row = next(line for line in out.splitlines() if line.startswith("jamba-v0.1"))
+    assert row.split()[1:3] == ["51.6G", "12.1G"]
+    out = call("presets", "deepseek-v3")[1]
+    assert "671,026,404,352" in out
+    assert "YaRN" in out
+    assert max(map(len, out.splitlines())) <= 80
+    for wrong in (("presets", "llama-3.1-8"), ("show", "llama-3.1-8")):
+        code, _, err = call(*wrong)
+        assert (code, len(err.splitlines())) == (2, 1)
+        assert "llama-3.1-8b" in err
+    code, _, err = call("show", "llama-3.1-8b", "--width", "64")
+    assert (code, len(err.splitlines())) == (2, 1)
+
+
 def test_one_preset_is_explained(call: Call) -> None:
     code, out, _ = call("presets", "samba-like")
     assert code == 0

@@ -1,0 +1,222 @@
+"""Published models: parameters, active parameters and caches as published, counted by nobody else's
+code than the cost model, and by the models of `transformers` on the meta device."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from mendel.genome import published
+from mendel.genome.check import TOLERANCE, difference
+from mendel.genome.cost import cost
+from mendel.genome.model import build
+from mendel.genome.notation import parse
+from mendel.genome.presets import PresetError
+from mendel.genome.rules import violations
+
+PARAMS = {
+    "llama-2-7b": 6_738_415_616,
+    "llama-3.1-8b": 8_030_261_248,
+    "mistral-7b": 7_241_732_096,
+    "mixtral-8x7b": 46_702_792_704,
+    "jamba-v0.1": 51_570_323_328,
+    "mamba-130m": 129_135_360,
+    "mamba-370m": 371_516_416,
+    "mamba-790m": 793_204_224,
+    "mamba-1.4b": 1_372_178_432,
+    "mamba-2.8b": 2_768_345_600,
+    "mamba2-130m": 128_989_632,
+    "mamba2-370m": 368_346_624,
+    "mamba2-780m": 780_161_280,
+    "mamba2-1.3b": 1_343_757_312,
+    "mamba2-2.7b": 2_702_599_680,
+    "deepseek-v2-lite": 15_706_484_224,
+    "deepseek-v2": 235_741_434_880,
+    "deepseek-v3": 671_026_404_352,
+}
+ACTIVE = {"mixtral-8x7b": 12_879_925_248, "jamba-v0.1": 12_110_311_296}
+ROUNDED_ACTIVE = {"deepseek-v2-lite": 2.66, "deepseek-v2": 21.38, "deepseek-v3": 37.55}
+"""Thousand millions, embeddings included."""
+
+CONTEXT = 262_144
+CACHED = {
+    "llama-2-7b": 524_288,
+    "llama-3.1-8b": 131_072,
+    "mistral-7b": 131_072,
+    "mixtral-8x7b": 131_072,
+    "deepseek-v2-lite": 31_104,
+    "deepseek-v2": 69_120,
+    "deepseek-v3": 70_272,
+}
+"""Bytes of one token's keys and values, or latents, in 16 bits."""
+
+# What the models' own configuration files say, where it is not the class' default.
+ATTENTION = "attention"
+NEMOTRON = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
+LFM2: dict[str, Any] = {
+    "vocab_size": 65536,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+    "block_auto_adjust_ff_dim": True,
+    "block_multiple_of": 256,
+    "block_ffn_dim_multiplier": 1.0,
+    "conv_bias": False,
+    "conv_L_cache": 3,
+    "tie_word_embeddings": True,
+}
+REFERENCES: dict[str, Any] = {
+    "lfm2-350m": lambda: transformers.Lfm2Config(
+        **LFM2, hidden_size=1024, num_attention_heads=16, intermediate_size=6656
+    ),
+    "lfm2-700m": lambda: transformers.Lfm2Config(
+        **LFM2, hidden_size=1536, num_attention_heads=24, intermediate_size=10240
+    ),
+    "lfm2-1.2b": lambda: transformers.Lfm2Config(
+        **LFM2, hidden_size=2048, num_attention_heads=32, intermediate_size=12288
+    ),
+    "falcon-h1-0.5b": lambda: transformers.FalconH1Config(
+        vocab_size=32784,
+        hidden_size=1024,
+        intermediate_size=2048,
+        num_hidden_layers=36,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        mamba_d_ssm=1536,
+        mamba_n_heads=24,
+        mamba_d_head=64,
+        mamba_n_groups=1,
+        mamba_d_state=128,
+        mamba_d_conv=4,
+        mamba_rms_norm=False,
+        mamba_norm_before_gate=False,
+        tie_word_embeddings=False,
+    ),
+    "granite-4.0-h-micro": lambda: transformers.GraniteMoeHybridConfig(
+        vocab_size=100352,
+        hidden_size=2048,
+        intermediate_size=8192,
+        shared_intermediate_size=8192,
+        num_hidden_layers=40,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        num_local_experts=0,
+        num_experts_per_tok=0,
+        layer_types=[ATTENTION if i % 10 == 5 else "mamba" for i in range(40)],
+        mamba_n_heads=64,
+        mamba_d_head=64,
+        mamba_n_groups=1,
+        mamba_d_state=128,
+        mamba_d_conv=4,
+        mamba_expand=2,
+        mamba_conv_bias=True,
+        mamba_proj_bias=False,
+        position_embedding_type="nope",
+        tie_word_embeddings=True,
+    ),
+    "nemotron-h-8b": lambda: transformers.NemotronHConfig(
+        vocab_size=131072,
+        hidden_size=4096,
+        intermediate_size=21504,
+        layers_block_type=[{"M": "mamba", "-": "mlp", "*": ATTENTION}[c] for c in NEMOTRON],
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        mamba_num_heads=128,
+        mamba_head_dim=64,
+        n_groups=8,
+        ssm_state_size=128,
+        conv_kernel=4,
+        expand=2,
+        use_conv_bias=True,
+        use_bias=False,
+        tie_word_embeddings=False,
+    ),
+}
+
+
+def test_every_model_is_proved_by_a_figure_or_a_reference() -> None:
+    assert set(published.names()) == set(PARAMS) | set(REFERENCES)
+
+
+@pytest.mark.parametrize("name", published.names())
+def test_every_model_is_valid_and_counted_in_under_a_second(name: str) -> None:
+    model = published.describe(name)
+    assert model.summary.endswith(".")
+    assert model.source
+    start = time.process_time()
+    genome = model.genome()
+    assert violations(genome) == []
+    total = cost(genome, CONTEXT).total
+    assert time.process_time() - start < 1
+    assert total.params >= total.active_params > 0
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_parameters_are_as_published(name: str) -> None:
+    total = cost(published.load(name)).total
+    assert total.params == PARAMS[name]
+    if name in ROUNDED_ACTIVE:
+        assert round(total.active_params / 1e9, 2) == ROUNDED_ACTIVE[name]
+    else:
+        assert total.active_params == ACTIVE.get(name, PARAMS[name])
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_parameters_are_those_of_the_reference(name: str) -> None:
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(REFERENCES[name]())
+    # `parameters` has a tied table once.
+    assert cost(published.load(name)).total.params == sum(p.numel() for p in theirs.parameters())
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_the_cache_at_256k_is_as_published(name: str) -> None:
+    assert cost(published.load(name), CONTEXT, torch.bfloat16).total.state_bytes == (
+        CACHED[name] * CONTEXT
+    )
+
+
+def test_jambas_cache_is_that_of_four_attentions_and_28_states() -> None:
+    # Keys and values as published, 4 GiB; a state of 16 float32 and three bf16 inputs of the
+    # convolution in each of 8192 channels.
+    total = cost(published.load("jamba-v0.1"), CONTEXT, torch.bfloat16).total
+    assert total.state_bytes == 4 * 2**30 + 28 * 8192 * (16 * 4 + 3 * 2)
+
+
+@pytest.mark.parametrize(
+    "notation",
+    [
+        "{width=64, position=none} jamba-mamba > mixtral(experts=16, renormalise=false)",
+        "{width=64} mla(heads=2, head_dim=16, latent=32, rope_dim=8, q_rank=24)",
+        "{width=64} moe(experts=8, top_k=2, expansion=0.25, shared=1, score=sigmoid, scale=2.5)",
+        "{width=64} [gqa(heads=4, kv_heads=2) | mamba2(heads=3, expand=1.5, norm=none)](join=sum)",
+        "{width=64, position=none} mamba2(heads=8, key_dim=16, groups=2) > relu2(expansion=5.25)",
+    ],
+)
+def test_the_operators_work_at_a_small_size(notation: str) -> None:
+    genome = parse(notation)
+    assert difference(genome, seed=1) <= TOLERANCE
+    assert sum(p.numel() for p in build(genome).parameters()) == cost(genome).total.params
+
+
+def test_the_share_of_attention() -> None:
+    shares = {n: published.attention_count(published.load(n)) for n in published.names()}
+    assert shares["llama-2-7b"] == (32, 32)
+    assert shares["jamba-v0.1"] == (4, 32)
+    assert shares["mamba-2.8b"] == (0, 64)
+    assert shares["nemotron-h-8b"] == (4, 28)
+    assert shares["falcon-h1-0.5b"] == (36, 72)
+
+
+def test_an_unknown_model_is_one_line() -> None:
+    with pytest.raises(PresetError) as caught:
+        published.load("llama-3.1-8")
+    assert str(caught.value) == (
+        "no published model is named 'llama-3.1-8'; did you mean llama-3.1-8b or llama-2-7b?"
+    )
