@@ -34,6 +34,7 @@ from .triton_common import (
 from .triton_step import step, step_serves
 from .triton_vector_decay import (
     _outputs,
+    chunk_size,
     decayed,
     gradients,
     launch_chunks,
@@ -45,8 +46,6 @@ from .triton_vector_decay import (
 )
 
 OP = "delta_rule"
-CHUNK = 64
-"""Tokens of a chunk; a short sequence takes the power of two that holds it."""
 
 
 def diagonal_low_rank(
@@ -117,7 +116,7 @@ class _LowRank(torch.autograd.Function):
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         batch, tokens, heads, key_width = q.shape
-        value_width, size = v.shape[-1], min(CHUNK, tile(tokens))
+        value_width, size = v.shape[-1], chunk_size(q)
         chunks = -(-tokens // size)
         late, kept = decayed(b, log_decay, size, 1.0, to_end=True)
         late_k = None if k is None else decayed(k, log_decay, size, 1.0, to_end=True)[0]

@@ -23,6 +23,8 @@ from .triton_common import DOT, on_device_of, tile
 
 CHUNK = 64
 """Tokens of a chunk; a short sequence takes the power of two that holds it."""
+CHUNK_FLOAT32 = 32
+"""The same for float32, whose tiles, three times in TF32, do not fit a chip in chunks of 64."""
 
 
 def vector_state(
@@ -56,7 +58,7 @@ class _VectorState(torch.autograd.Function):
         state: Tensor | None,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        size = min(CHUNK, tile(q.shape[1]))
+        size = chunk_size(q)
         late, kept = decayed(k, log_decay, size, 1.0, to_end=True)
         before, final = walk(late, v, kept, state, size, reverse=False)
         o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -88,6 +90,11 @@ class _VectorState(torch.autograd.Function):
             dstate if ctx.started else None,
             None,
         )
+
+
+def chunk_size(x: Tensor) -> int:
+    """Tokens of the chunks of x, (B, T, ...)."""
+    return min(CHUNK_FLOAT32 if x.dtype == torch.float32 else CHUNK, tile(x.shape[1]))
 
 
 def decayed(
@@ -176,7 +183,7 @@ def launch_chunks(
         kernel[(batch * heads, chunks)](
             *arguments, tokens, chunks, heads,
             K=key_width, V=v.shape[-1], C=size, LEVELS=size.bit_length() - 1,
-            TILE_K=min(32, tile(key_width)), TILE_V=tile(v.shape[-1]),
+            TILE_K=min(32, tile(key_width)), TILE_V=min(128 // q.itemsize, tile(v.shape[-1])),
             **flags, num_warps=4, num_stages=1,
         )  # fmt: skip
 

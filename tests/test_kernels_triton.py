@@ -143,7 +143,9 @@ PLAIN: list[tuple[str, str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-def _compile(module: str, name: str, capability: int, constants: dict[str, Any]) -> Any:
+def _compile(
+    module: str, name: str, capability: int, constants: dict[str, Any], inputs: str = "bf16"
+) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -155,7 +157,7 @@ def _compile(module: str, name: str, capability: int, constants: dict[str, Any])
     signature = {
         argument: "constexpr"
         if argument in constants
-        else types.get(argument, "*bf16" if argument.endswith("_ptr") else "i32")
+        else types.get(argument, f"*{inputs}" if argument.endswith("_ptr") else "i32")
         for argument in kernel.arg_names
     }
     return triton.compile(
@@ -174,6 +176,21 @@ def test_compiles_with_tensor_cores(
     assert len(compiled.asm["cubin"]) > 0
     assert MATRIX_INSTRUCTION[capability] in compiled.asm["ptx"]
     assert compiled.metadata.shared <= SHARED_KIB[capability] * 1024
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "constants"),
+    [
+        ("vector_decay", "_gradients", {"PRE": True, "READ": True}),
+        ("low_rank", "_solve_gradients", {"PRECISION": "tf32x3"}),
+    ],
+)
+def test_float32_fits_the_smallest_chip(module: str, name: str, constants: dict[str, Any]) -> None:
+    """The two kernels whose float32 tiles take the most, in the chunks of float32."""
+    short = {**INSIDE, "C": 32, "LEVELS": 5, "TILE_V": 32}
+    compiled = _compile(module, name, 80, {**short, **constants}, inputs="fp32")
+    assert MATRIX_INSTRUCTION[80] in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= SHARED_KIB[80] * 1024
 
 
 @pytest.mark.parametrize(("module", "name", "constants"), PLAIN)

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from mendel.kernels import (
     triton_delta_rule,
-    triton_low_rank,
     triton_matrix_state,
     triton_vector_decay,
 )
@@ -184,13 +183,14 @@ def main() -> None:
         return t.fill_(torch.nan) if t.is_floating_point() else t
 
     # Short chunks, so that a short sequence has several and the last is not full.
-    kernels = (triton_matrix_state, triton_delta_rule, triton_vector_decay, triton_low_rank)
+    kernels = (triton_matrix_state, triton_delta_rule, triton_vector_decay)
     results = {}
     for name, (op, decay, tokens, size, start) in CASES.items():
         torch.manual_seed(tokens)
         given = inputs(op, decay, tokens, size, start)
         for module in kernels:
             module.CHUNK = 64 if size == "halves" else 16
+        triton_vector_decay.CHUNK_FLOAT32 = triton_vector_decay.CHUNK
         torch.empty = poisoned  # type: ignore[assignment]
         have = run(op, given, "triton")
         torch.empty = real_empty
