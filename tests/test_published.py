@@ -1,5 +1,5 @@
-"""Published models: parameters, active parameters and caches as published, counted by nobody else's
-code than the cost model, and by the models of `transformers` on the meta device."""
+"""Published models: parameters, active parameters and caches as published, and as the
+models of `transformers` have them on the meta device."""
 
 from __future__ import annotations
 
@@ -69,6 +69,9 @@ LFM2: dict[str, Any] = {
     "conv_L_cache": 3,
     "tie_word_embeddings": True,
 }
+FALCON: dict[str, Any] = {"head_dim": 64}
+"""An attribute that the class reads and does not declare."""
+AUTO: Any = transformers.AutoModelForCausalLM
 REFERENCES: dict[str, Any] = {
     "lfm2-350m": lambda: transformers.Lfm2Config(
         **LFM2, hidden_size=1024, num_attention_heads=16, intermediate_size=6656
@@ -86,7 +89,7 @@ REFERENCES: dict[str, Any] = {
         num_hidden_layers=36,
         num_attention_heads=8,
         num_key_value_heads=2,
-        head_dim=64,
+        **FALCON,
         mamba_d_ssm=1536,
         mamba_n_heads=24,
         mamba_d_head=64,
@@ -118,6 +121,13 @@ REFERENCES: dict[str, Any] = {
         mamba_proj_bias=False,
         position_embedding_type="nope",
         tie_word_embeddings=True,
+    ),
+    # The class' defaults but for the places of the seven attentions.
+    "kimi-linear-48b-a3b": lambda: transformers.KimiLinearConfig(
+        layer_types=[
+            "full_attention" if i in (4, 8, 12, 16, 20, 24, 27) else "linear_attention"
+            for i in range(1, 28)
+        ]
     ),
     "nemotron-h-8b": lambda: transformers.NemotronHConfig(
         vocab_size=131072,
@@ -170,7 +180,7 @@ def test_parameters_are_as_published(name: str) -> None:
 @pytest.mark.parametrize("name", REFERENCES)
 def test_parameters_are_those_of_the_reference(name: str) -> None:
     with torch.device("meta"):
-        theirs = transformers.AutoModelForCausalLM.from_config(REFERENCES[name]())
+        theirs = AUTO.from_config(REFERENCES[name]())
     # `parameters` has a tied table once.
     assert cost(published.load(name)).total.params == sum(p.numel() for p in theirs.parameters())
 
@@ -196,6 +206,7 @@ def test_jambas_cache_is_that_of_four_attentions_and_28_states() -> None:
         "{width=64} mla(heads=2, head_dim=16, latent=32, rope_dim=8, q_rank=24)",
         "{width=64} moe(experts=8, top_k=2, expansion=0.25, shared=1, score=sigmoid, scale=2.5)",
         "{width=64} [gqa(heads=4, kv_heads=2) | mamba2(heads=3, expand=1.5, norm=none)](join=sum)",
+        "{width=64, position=none} kda(heads=2, key_dim=16) > mla(heads=2, latent=32, rope_dim=8)",
         "{width=64, position=none} mamba2(heads=8, key_dim=16, groups=2) > relu2(expansion=5.25)",
     ],
 )
@@ -212,6 +223,7 @@ def test_the_share_of_attention() -> None:
     assert shares["mamba-2.8b"] == (0, 64)
     assert shares["nemotron-h-8b"] == (4, 28)
     assert shares["falcon-h1-0.5b"] == (36, 72)
+    assert shares["kimi-linear-48b-a3b"] == (7, 27)
 
 
 def test_an_unknown_model_is_one_line() -> None:
