@@ -166,7 +166,7 @@ def rwkv4(c: Any) -> nn.Module:
 def short_conv(c: Any) -> nn.Module:
     return Lfm2ShortConv(
         Lfm2Config(
-            hidden_size=WIDTH, conv_L_cache=c.conv, num_hidden_layers=1, layer_types=["conv"]
+            hidden_size=WIDTH, conv_L_cache=c.taps, num_hidden_layers=1, layer_types=["conv"]
         ),
         0,
     )
@@ -181,7 +181,9 @@ def plain(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def with_positions(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    return lambda x: first(module(x, torch.arange(x.shape[1])[None]))
+    return lambda x: first(
+        module(x, torch.arange(x.shape[1])[None], torch.ones(x.shape[:2]), use_cache=False)
+    )
 
 
 def with_mask(module: nn.Module) -> Callable[[Tensor], Tensor]:
