@@ -109,6 +109,7 @@ def test_many_slots() -> None:
 HEADER_GENES = "width, position, norm, placement, residual, tied, vocab"
 ALL_NAMES = ", ".join(names())
 MHA_AXES = ", ".join(axis.name for axis in find("mha")[0].axes)
+MHA_PATTERNS = find("mha")[0].axis("pattern").allowed()
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ MHA_AXES = ", ".join(axis.name for axis in find("mha")[0].axes)
             "column 11: heads is a whole number from 1 to 1024, not many",
         ),
         ("mha(heads=inf)", "column 11: heads is a whole number from 1 to 1024, not inf"),
-        ("mha(pattern=ful)", "column 13: pattern is one of full, sliding, not ful"),
+        ("mha(pattern=ful)", f"column 13: pattern is {MHA_PATTERNS}, not ful"),
         ("{width=0} mha", "column 8: width is a whole number from 1 to 65536, not 0"),
         ("{width=8 norm", "column 10: expected '}' or ',' after the value 8, not 'norm'"),
         ("{width=8, width=9} mha", "column 11: width is given twice"),
