@@ -8,7 +8,7 @@ from mendel.kernels.backend import use_backend
 from mendel.primitives.base import Operator, Site
 from mendel.primitives.catalogue import CATALOGUE, resolve
 
-BOUNDED = {"causal-mixer"}
+BOUNDED = {"causal-mixer", "mlp-mixer"}
 """Tables over positions end at 512 tokens: there is no long sequence to be accurate on."""
 POINTS = [
     point.name
@@ -16,6 +16,8 @@ POINTS = [
     for point in row.points
     if point.view is not None and point.name not in BOUNDED
 ]
+FAMILIES = ("attention", "mlp", "moe")
+"""The primitives beside the recurrence family: their points have no place in its view."""
 LOOPS = ("lstm", "gru", "bilstm", "bigru", "slstm")
 """Their only form is the loop over tokens."""
 
@@ -35,6 +37,23 @@ def build(name: str) -> Operator:
 def tokens(length: int, batch: int = 2) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(batch, length, 32, generator=generator, dtype=torch.float64)
+
+
+def test_every_point_of_the_family_has_its_place_in_the_unified_view() -> None:
+    lacking = [
+        p.name for row in CATALOGUE if row.name not in FAMILIES for p in row.points if not p.view
+    ]
+    assert lacking == []
+
+
+def test_the_views_give_the_constants_of_the_definitions() -> None:
+    """Based scales its scores; only a pole's real part decays; RWKV-7 removes from the state before
+    its decay."""
+    views = {p.name: p.view for row in CATALOGUE for p in row.points if p.view is not None}
+    assert "s = q^T k / sqrt(K)" in views["based"].update
+    assert "- Re(A) |x|^2" in views["s4d"].loss
+    assert "- Re(L) |x|^2" in views["s5"].loss
+    assert "beside a weight decay" in views["rwkv7"].loss
 
 
 @pytest.mark.parametrize("name", [name for name in POINTS if name not in LOOPS])

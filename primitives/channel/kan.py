@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.letters import BTD
-from ..base import Axis, Cost, Gene, Liv, Operator, Point, Primitive, Site, State
+from ..base import Axis, Cost, Gene, Liv, Operator, Point, Primitive, Site, State, View
 from ..genes import number, whole
 from ..recurrent_parts import at_least_float32
 from .mlp import EXPANSION, inner_width, passed
@@ -149,6 +149,12 @@ KAN = Primitive(
             {"grid": 5, "order": 3, "reach": 1.0},
             "KAN (arXiv 2404.19756)",
             "with the published grid on -1..1, which stays where it is",
+            view=View(
+                "none: y_t depends on x_t alone",
+                "nothing",
+                "all at once: every token by itself",
+                "none: there is no state to fit",
+            ),
         ),
     ),
 )

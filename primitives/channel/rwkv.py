@@ -13,10 +13,13 @@ import torch
 from torch import nn
 
 from ...kernels.letters import BTD
-from ..base import Axis, Cost, Gene, Liv, Operator, Point, Primitive, Site, State
+from ..base import Axis, Cost, Gene, Liv, Operator, Point, Primitive, Site, State, View
 from ..genes import flag, number
 from ..token_shift import TokenShift, token_shift_params
 from .mlp import EXPANSION, activate, inner_width
+
+GATE = "sigmoid(W_r (x_t + m_r (R - x_t))) * "
+"""The receptance, in a view."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,16 @@ def configure(site: Site, genes: Mapping[str, Gene]) -> RwkvChannelConfig:
     )
 
 
+def view(gate: str) -> View:
+    """Of a channel mixer whose output has `gate` before it."""
+    return View(
+        f"R = x_t; y_t = {gate}W_v relu(W_k (x_t + m_k (R - x_t)))^2 with R before it",
+        "the last token as it was",
+        "all at once, at the next token",
+        "none: inputs are put on record and not fitted",
+    )
+
+
 RWKV_CHANNEL = Primitive(
     name="token-shift-mlp",
     kind="channel",
@@ -106,16 +119,19 @@ RWKV_CHANNEL = Primitive(
             "rwkv4-channel",
             {"expansion": 4.0, "receptance": True},
             "RWKV-4 (arXiv 2305.13048)",
+            view=view(GATE),
         ),
         Point(
             "rwkv6-channel",
             {"expansion": 3.5, "receptance": True},
             "RWKV-5 and RWKV-6 (arXiv 2404.05892)",
+            view=view(GATE),
         ),
         Point(
             "rwkv7-channel",
             {"expansion": 4.0, "receptance": False},
             "RWKV-7 (arXiv 2503.14456)",
+            view=view(""),
         ),
     ),
 )

@@ -204,7 +204,17 @@ FOURIER = Primitive(
     ),
     configure=configure,
     points=(
-        Point("fnet", {"causal": False, "scale": "none"}, "FNet (arXiv 2105.03824)"),
+        Point(
+            "fnet",
+            {"causal": False, "scale": "none"},
+            "FNet (arXiv 2105.03824)",
+            view=View(
+                "y_t = Re F_D(sum_j exp(-2 pi i j t / T) x_j), all tokens at once",
+                "the whole sequence as it is; no state goes from token to token",
+                "never",
+                "none: there is no state to fit",
+            ),
+        ),
         Point(
             "causal-fnet",
             {"causal": True, "scale": "orthonormal"},

@@ -211,6 +211,12 @@ TOKEN_MLP = Primitive(
             {"causal": False, "units": 2, "activation": "gelu"},
             "MLP-Mixer (arXiv 2105.01601)",
             "two hidden units per token; the B/16 model has 384 for 196 tokens",
+            view=View(
+                "y_t = sum_u W2[t, u] act(sum_j W1[u, j] x_j), all tokens at once",
+                "the whole sequence as it is; no state goes from token to token",
+                "never",
+                "none: there is no state to fit",
+            ),
         ),
         Point(
             "causal-mixer",

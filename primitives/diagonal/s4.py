@@ -233,7 +233,7 @@ STATE_SPACE = Primitive(
                 "x = exp(dt A) x + B u; y = 2 Re(C x) + D u, per channel, A complex",
                 "the channel's recent past as N/2 fading oscillations",
                 "exponentially, at N/2 learned rates and frequencies per channel",
-                "-Re(B u conj(x)) + |A| |x|^2 / 2: gradient descent with decay and rotation",
+                "-Re(B u conj(x)) - Re(A) |x|^2 / 2: descent with weight decay; Im(A) rotates",
             ),
         ),
     ),

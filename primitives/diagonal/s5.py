@@ -197,7 +197,7 @@ SHARED_STATE_SPACE = Primitive(
                 "x = exp(dt L) x + (exp(dt L) - 1)/L B u; y = 2 Re(C x) + D u, L diagonal, complex",
                 "the recent past of all channels mixed, as N/2 fading oscillations",
                 "exponentially, at N/2 learned rates and frequencies",
-                "-Re(conj(x) B u) + |L| |x|^2 / 2: gradient descent with decay and rotation",
+                "-Re(conj(x) B u) - Re(L) |x|^2 / 2: descent with weight decay; Im(L) rotates",
             ),
         ),
     ),

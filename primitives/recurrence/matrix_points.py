@@ -53,7 +53,8 @@ POINTS = (
         "Based (arXiv 2402.18668)",
         "the linear attention of Based; the paper alternates it with sliding-window attention",
         view=View(
-            "S = S + phi(k) v^T, z = z + phi(k), phi(q)^T phi(k) = 1 + s + s^2/2, s = q^T k",
+            "S = S + phi(k) v^T, z = z + phi(k), phi(q)^T phi(k) = 1 + s + s^2/2,"
+            " s = q^T k / sqrt(K)",
             "values under the 0th, 1st and 2nd powers of their keys",
             "never",
             "-<S^T phi(k), v>, one step of gradient descent at rate 1",

@@ -226,7 +226,7 @@ RWKV7 = Primitive(
                 "S = (Diag(w) - (a * n) n^T) S + k v^T, |n| = 1",
                 "values under their keys, until a removal key takes them away",
                 "exponentially per key channel, and by removal under n at a rate a per channel",
-                "|S^T n|^2 / 2 at rates a and -<S^T k, v>, after a weight decay by Diag(w)",
+                "|S^T n|^2 / 2 at rates a and -<S^T k, v>, beside a weight decay by Diag(w)",
             ),
         ),
     ),
