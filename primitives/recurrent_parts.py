@@ -14,12 +14,37 @@ from torch.nn import functional as F
 
 from ..kernels.letters import BTD, BTF, BTGK, BTHK, BTHV
 from ..kernels.short_conv import short_conv
-from .base import Axis, GeneError, state_dtype
+from .base import Axis, GeneError, Operator, State, state_dtype
 
 TAPS = (0, 2, 3, 4, 5, 6, 7, 8)
 GATES = ("none", "silu", "sigmoid")
 NORMS = ("none", "rmsnorm", "rmsnorm-all", "groupnorm", "gated-rmsnorm")
 EPS = 1e-5
+
+
+PIECE = 1024
+"""Tokens of a piece of a long sequence; see `long_call`."""
+
+
+def is_long(x: Tensor) -> bool:
+    """Whether a call is better made piece by piece: a long one on a CPU, without gradients.
+
+    Whole, its buffers outgrow the caches and are fresh memory in every call: at 16,384 tokens that
+    takes more time than the arithmetic. A GPU wants all tokens at once, and gradients keep them.
+    """
+    return x.device.type == "cpu" and x.shape[1] > PIECE and not torch.is_grad_enabled()
+
+
+def long_call(operator: Operator, x: BTD, state: State | None) -> tuple[BTD, State | None]:
+    """`operator(x, state)` in pieces of PIECE tokens, the state between them."""
+    held: State | None = state
+    if held is None:
+        held = operator.init_state(x.shape[0], x.shape[1], x.dtype, x.device)
+    outputs = []
+    for piece in torch.split(x, PIECE, 1):
+        y, held = operator(piece, held)
+        outputs.append(y)
+    return torch.cat(outputs, 1), None if state is None else held
 
 
 def taps_axis(default: int) -> Axis:

@@ -7,6 +7,7 @@ from torch import Tensor
 from mendel.kernels.backend import use_backend
 from mendel.primitives.base import Operator, Site
 from mendel.primitives.catalogue import CATALOGUE, resolve
+from mendel.primitives.recurrent_parts import PIECE
 
 BOUNDED = {"causal-mixer", "mlp-mixer"}
 """Tables over positions end at 512 tokens: there is no long sequence to be accurate on."""
@@ -82,3 +83,19 @@ def test_float32_keeps_its_digits_over_8192_tokens(name: str) -> None:
         right = module(x)[0]
         found = module.float()(x.float())[0]
     assert (found.double() - right).abs().max() < 2e-5 * right.abs().max()
+
+
+@pytest.mark.parametrize("name", ["retnet", "mamba2", "based", "rwkv6", "rwkv7", "causal-fnet"])
+def test_a_long_call_in_pieces_is_the_whole_call(name: str) -> None:
+    """Without gradients a long sequence goes piece by piece; with them it goes whole."""
+    module, x = build(name), tokens(2 * PIECE + 37, batch=1)
+    whole = module(x)[0].detach()
+    with torch.no_grad():
+        pieces = module(x)[0]
+        state = module.init_state(1, x.shape[1], x.dtype)
+        head, state = module(x[:, : PIECE + 3], state)
+        tail, state = module(x[:, PIECE + 3 :], state)
+    assert state is not None
+    assert state.length == x.shape[1]
+    torch.testing.assert_close(pieces, whole, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(torch.cat((head, tail), 1), whole, rtol=1e-9, atol=1e-9)

@@ -30,6 +30,8 @@ from ..recurrent_parts import (
     ReadOutNorm,
     ShortConv,
     full_precision,
+    is_long,
+    long_call,
     read_out_norm_params,
     repeat_groups,
     short_conv_params,
@@ -181,6 +183,8 @@ class Recurrence(Operator):
         self.out_proj = nn.Linear(c.inner, c.width, bias=False)
 
     def forward(self, x: BTD, state: State | None = None) -> tuple[BTD, State | None]:
+        if is_long(x):
+            return long_call(self, x, state)
         c = self.config
         tensors: dict[str, Tensor] = {} if state is None else state.tensors
         start = 0 if state is None else state.length

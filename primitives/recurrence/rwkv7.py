@@ -37,6 +37,8 @@ from ..recurrent_parts import (
     full_precision,
     head_count,
     inner_width,
+    is_long,
+    long_call,
     read_out_norm_params,
 )
 from ..token_shift import SHIFTS, TokenShift, token_shift_params, token_shift_products
@@ -113,6 +115,8 @@ class Rwkv7(Operator):
         self.out_proj = nn.Linear(c.inner, c.width, bias=False)
 
     def forward(self, x: BTD, state: State | None = None) -> tuple[BTD, State | None]:
+        if is_long(x):
+            return long_call(self, x, state)
         c = self.config
         tensors: dict[str, Tensor] = {} if state is None else state.tensors
         kept: dict[str, Tensor] = {}
