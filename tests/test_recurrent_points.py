@@ -85,7 +85,7 @@ def test_float32_keeps_its_digits_over_8192_tokens(name: str) -> None:
     assert (found.double() - right).abs().max() < 2e-5 * right.abs().max()
 
 
-@pytest.mark.parametrize("name", ["retnet", "mamba2", "based", "rwkv6", "rwkv7", "causal-fnet"])
+@pytest.mark.parametrize("name", ["retnet", "mamba2", "based", "rwkv6", "rwkv7", "deltanet", "kda"])
 def test_a_long_call_in_pieces_is_the_whole_call(name: str) -> None:
     """Without gradients a long sequence goes piece by piece; with them it goes whole."""
     module, x = build(name), tokens(2 * PIECE + 37, batch=1)

@@ -40,7 +40,7 @@ from ..base import (
 )
 from ..genes import choice, flag, whole
 from ..position import ContextError
-from ..recurrent_parts import at_least_float32, full_precision, is_long, long_call
+from ..recurrent_parts import at_least_float32, full_precision
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,6 @@ class Fourier(Operator):
         c = self.config
         if state is not None and not c.causal:
             raise BidirectionalError
-        if c.causal and is_long(x):
-            return long_call(self, x, state)
         wide = at_least_float32(x)
         start = 0 if state is None else state.length
         count = torch.full((1,), x.shape[1], device=x.device)

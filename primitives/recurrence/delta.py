@@ -22,6 +22,8 @@ from ..recurrent_parts import (
     ShortConv,
     at_least_float32,
     full_precision,
+    is_long,
+    long_call,
     read_out_norm_params,
     repeat_groups,
     short_conv_params,
@@ -116,6 +118,8 @@ class Delta(Operator):
         self.out_proj = nn.Linear(c.inner, c.width, bias=False)
 
     def forward(self, x: BTD, state: State | None = None) -> tuple[BTD, State | None]:
+        if is_long(x):
+            return long_call(self, x, state)
         c = self.config
         tensors: dict[str, Tensor] = {} if state is None else state.tensors
         mixed, z, beta, decay = self.in_proj(x).split(c.splits, dim=-1)
