@@ -25,12 +25,17 @@ R = TypeVar("R")
 
 Backend = Literal["definition", "chunked", "triton", "flex"]
 
-OPS = ("matrix_state", "delta_rule", "diagonal_scan", "short_conv", "long_conv", "attention")
+OPS = (
+    *("matrix_state", "delta_rule", "diagonal_scan", "short_conv", "long_conv", "attention"),
+    *("rms_norm", "linear_cross_entropy"),
+)
 
 TRITON_FORMS: dict[str, tuple[str | None, ...]] = {
     "matrix_state": ("none", "fixed", "scalar", "vector", "preread"),
     "delta_rule": (None, "vector", "diagonal-low-rank"),
     "diagonal_scan": (None,),
+    "short_conv": (None,),
+    "rms_norm": (None,),
 }
 """The operators and their forms that have Triton kernels, in `triton_<operator>.py`."""
 
@@ -86,23 +91,24 @@ def current(
     `WIDEST` and the dtypes of `TRITON_DTYPES`, `flex` there for the forms of `FLEX_FORMS`, else
     `chunked`. `form` names a case of the operator; for `matrix_state` the kind of decay (none,
     fixed, scalar, vector), or `preread`, a vector decay with reads before writes; for `delta_rule`
-    None, `vector` or `diagonal-low-rank`. Raises `Unsupported` where a pinned backend does not
-    exist for the form.
+    None, `vector` or `diagonal-low-rank`; for `short_conv` and `rms_norm` None, or
+    `wide`, more taps or channels than a program of their kernels holds. Raises `Unsupported` where
+    a pinned backend does not exist for the form.
     """
     there = backends(op, form)
-    pinned = _pinned.get()
-    if pinned is None:
+    chosen = _pinned.get()
+    if chosen is None:
         if "flex" in there and torch.device(device).type == "cuda":
             return "flex"
         serves = "triton" in there and width <= WIDEST and dtype in TRITON_DTYPES
         return "triton" if serves and torch.device(device).type == "cuda" else "chunked"
-    if pinned not in there:
+    if chosen not in there:
         name = op if form is None else f"{op}, form {form}"
         if op in FLEX_FORMS:
             name = f"{op}, case {form}"
-        reason = "it has no kernel" if HAS_TRITON or pinned == "flex" else "Triton is not installed"
-        raise Unsupported(name, pinned, reason, there)
-    return pinned
+        reason = "it has no kernel" if HAS_TRITON or chosen == "flex" else "Triton is not installed"
+        raise Unsupported(name, chosen, reason, there)
+    return chosen
 
 
 def choose(
@@ -119,6 +125,11 @@ def choose(
     if used is not None:
         used.setdefault(op, set()).add(backend)
     return backend
+
+
+def pinned() -> Backend | None:
+    """The pinned backend, or None."""
+    return _pinned.get()
 
 
 @contextmanager

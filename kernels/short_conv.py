@@ -14,9 +14,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import definitions
-from .backend import choose, without_autocast
+from .backend import choose, kernels, without_autocast
 from .definitions import accumulator
 from .letters import BTD, DW, D
+
+MOST_TAPS = 8
+"""The taps that the Triton kernels unroll at most, in the backward pass W times W."""
 
 
 @without_autocast
@@ -33,12 +36,15 @@ def short_conv(
     `state` continues a sequence (None: zeros); the new one has its dtype, or x's where it is None.
     Raises `Unsupported` where a pinned backend does not serve the case.
     """
-    backend = choose("short_conv", x.device)
-    if backend == "definition":
-        return definitions.short_conv(x, weight, bias, state, activation)
     batch, tokens, width = x.shape
     taps = weight.shape[1]
     dtype = accumulator(x, weight, bias, state)
+    form = None if taps <= MOST_TAPS else "wide"
+    backend = choose("short_conv", x.device, form, dtype=dtype)
+    if backend == "definition":
+        return definitions.short_conv(x, weight, bias, state, activation)
+    if backend == "triton":
+        return kernels("short_conv")(x, weight, bias, state, activation)
     if state is None:
         state = x.new_zeros(batch, width, taps - 1)
     if tokens == 1:

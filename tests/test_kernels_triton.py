@@ -206,7 +206,8 @@ def test_the_default_of_a_gpu() -> None:
     assert choose("matrix_state", "cuda", "vector") == "triton"
     assert choose("delta_rule", "cuda", "diagonal-low-rank") == "triton"
     assert choose("long_conv", "cuda") == "chunked"
-    assert choose("short_conv", "cuda") == "chunked"
+    assert choose("short_conv", "cuda") == "triton"
+    assert choose("short_conv", "cuda", "wide") == "chunked"
     assert choose("matrix_state", "cuda", "none", width=273) == "chunked"
     assert choose("delta_rule", "cuda", dtype=torch.float64) == "chunked"
 

@@ -1,0 +1,113 @@
+"""Triton kernels of what stands around the mixers, without a GPU: interpreted, and compiled.
+
+Short convolution, RMSNorm and linear cross-entropy; the method is that of `test_kernels_triton.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mendel.kernels.backend import HAS_TRITON, Unsupported, use_backend
+from mendel.kernels.short_conv import short_conv
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+
+SCRIPT = Path(__file__).with_name("triton_layer_cases.py")
+
+
+@cache
+def _errors() -> dict[str, dict[str, float]]:
+    ran = subprocess.run(
+        [sys.executable, str(SCRIPT)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found: dict[str, dict[str, float]] = json.loads(ran.stdout)
+    return found
+
+
+@pytest.mark.parametrize("op", ["short_conv"])
+def test_equals_definition(op: str) -> None:
+    """Outputs, state and gradients: 1e-6 in float32, some tens of roundings of 6e-8.
+
+    In float16 the definition gets the same rounded inputs and computes in float32; results are
+    rounded to 2**-11 (5e-4), and where tiles are multiplied the factors too: 2e-3, a few of these.
+    """
+    found = {name: errors for name, errors in _errors().items() if name.startswith(op)}
+    assert len(found) >= 10
+    for name, errors in found.items():
+        bound = 2e-3 if name.endswith("float16") else 1e-6
+        for part, error in errors.items():
+            assert math.isfinite(error), (name, part)
+            assert error < bound, (name, part)
+
+
+SHARED_KIB = {80: 163, 90: 227, 100: 227}
+MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
+
+FLOAT32 = ("sums",)
+"""Pointers to float32; all others are to the dtype of the inputs."""
+SHAPES = {"TILE_T": 16, "TILE_D": 64, "W": 4}
+CONV: dict[str, Any] = {**SHAPES, "BIAS": True, "START": True, "SILU": True}
+BARE: dict[str, Any] = {**SHAPES, "BIAS": False, "START": False, "SILU": False}
+ABSENT = {"bias_ptr": None, "state_ptr": None}
+
+KERNELS: list[tuple[str, str, dict[str, Any]]] = [
+    ("short_conv", "_forward", CONV),
+    ("short_conv", "_forward", {**BARE, **ABSENT}),
+    ("short_conv", "_backward", {**CONV, "WALK": 8}),
+    ("short_conv", "_backward", {**BARE, **ABSENT, "WALK": 8, "dstate_ptr": None}),
+]
+
+
+def _compile(
+    module: str, name: str, capability: int, constants: dict[str, Any], warps: int, inputs: str
+) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(import_module(f"mendel.kernels.triton_{module}"), name)
+    types = {"eps": "fp32", **{f"{p}_ptr": "*fp32" for p in FLOAT32}}
+    signature = {
+        argument: "constexpr"
+        if argument in constants
+        else types.get(argument, f"*{inputs}" if argument.endswith("_ptr") else "i32")
+        for argument in kernel.arg_names
+    }
+    return triton.compile(
+        ASTSource(kernel, signature, constexprs=constants),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": warps, "num_stages": 3},
+    )
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(("module", "name", "constants"), KERNELS)
+def test_compiles(module: str, name: str, constants: dict[str, Any], capability: int) -> None:
+    compiled = _compile(module, name, capability, constants, 4, "bf16")
+    assert len(compiled.asm["cubin"]) > 0
+    assert compiled.metadata.shared <= SHARED_KIB[capability] * 1024
+
+
+def test_more_taps_than_the_kernel_unrolls() -> None:
+    x = torch.zeros(1, 4, 2)
+    with use_backend("triton"):
+        with pytest.raises(Unsupported, match=r"short_conv, form wide.*it has no kernel"):
+            short_conv(x, torch.zeros(2, 9))
+        with pytest.raises(Unsupported, match="on a CUDA device, not on cpu"):
+            short_conv(x, torch.zeros(2, 4))

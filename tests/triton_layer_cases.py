@@ -1,0 +1,116 @@
+"""The cases of `test_kernels_triton_layers.py`: convolution, norm and loss in Triton's interpreter.
+
+Run by it in a process of its own, as `triton_cases.py` is. Prints one JSON object: per case, the
+relative error of both results and of every gradient against the definition.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mendel.kernels.backend import use_backend
+from mendel.kernels.short_conv import short_conv
+
+Call = Callable[..., tuple[Tensor, Tensor]]
+Given = dict[str, Tensor | None]
+
+
+def conv_inputs(
+    tokens: int, width: int, taps: int, bias: bool, start: bool, strided: bool = False
+) -> Given:
+    x = torch.randn(2, tokens, 2 * width if strided else width)
+    return {
+        "x": x[:, :, width:] if strided else x,
+        "weight": torch.randn(width, taps),
+        "bias": torch.randn(width) if bias else None,
+        "state": torch.randn(2, width, taps - 1) if start else None,
+    }
+
+
+CASES: dict[str, tuple[Call, Callable[[], Given], dict[str, Any]]] = {}
+for _tokens, _width, _taps, _bias, _start, _silu in (
+    (1, 6, 4, True, True, True),
+    (2, 6, 4, True, True, False),
+    (2, 6, 4, False, False, True),
+    (3, 70, 4, True, True, True),
+    (37, 6, 4, True, True, True),
+    (33, 70, 3, False, False, False),
+    (150, 5, 4, True, False, True),
+    (17, 6, 1, True, False, True),
+    (20, 6, 8, False, True, True),
+):
+    CASES[f"short_conv-{_tokens}-{_width}-{_taps}-{_bias}-{_start}-{_silu}"] = (
+        short_conv,
+        lambda t=_tokens, d=_width, w=_taps, b=_bias, s=_start: conv_inputs(t, d, w, b, s),  # type: ignore[misc]
+        {"activation": "silu" if _silu else "none"},
+    )
+CASES["short_conv-strided"] = (
+    short_conv,
+    lambda: conv_inputs(19, 10, 4, True, True, strided=True),
+    {"activation": "silu"},
+)
+
+
+def run(
+    op: Call, given: Given, options: dict[str, Any], backend: Any, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    leaves = {}
+    for name, t in given.items():
+        if t is None or not t.is_floating_point():
+            leaves[name] = t
+        else:
+            leaves[name] = t.detach().to(dtype).requires_grad_()
+    with use_backend(backend):
+        out, final = op(**leaves, **options)
+    g = torch.Generator().manual_seed(1)
+    loss = (out.float() * torch.randn(out.shape, generator=g)).sum()
+    loss = loss + (final.float() * torch.randn(final.shape, generator=g)).sum()
+    loss.backward()
+    found = {"out": out.detach(), "final": final.detach()}
+    for name, t in leaves.items():
+        if t is not None and t.requires_grad:
+            found["d" + name] = torch.zeros_like(t) if t.grad is None else t.grad
+    return found
+
+
+def error(have: Tensor, want: Tensor) -> float:
+    """The norm of the difference over the norm; what is 0 by cancellation may be a rounding."""
+    rounding = 20 * torch.finfo(torch.float32).eps * max(want.numel(), 1) ** 0.5
+    return ((have.float() - want).norm() / (want.norm() + rounding)).item()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    real_empty, real_like = torch.empty, torch.empty_like
+
+    def poison(t: Tensor) -> Tensor:
+        return t.fill_(torch.nan) if t.is_floating_point() else t
+
+    results = {}
+    for name, (op, inputs, options) in CASES.items():
+        torch.manual_seed(0)
+        given = inputs()
+        for dtype in (torch.float32, torch.float16):
+            rounded = {
+                n: t.to(dtype) if t is not None and t.is_floating_point() else t
+                for n, t in given.items()
+            }
+            torch.empty = lambda *s, **o: poison(real_empty(*s, **o))  # type: ignore[assignment]
+            torch.empty_like = lambda *s, **o: poison(real_like(*s, **o))  # type: ignore[assignment]
+            have = run(op, rounded, options, "triton", dtype)
+            torch.empty, torch.empty_like = real_empty, real_like
+            want = run(op, rounded, options, "definition", torch.float32)
+            assert have.keys() == want.keys()
+            key = name if dtype == torch.float32 else name + "-float16"
+            results[key] = {part: error(have[part], want[part]) for part in want}
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
