@@ -289,6 +289,43 @@ def long_conv(u: BTD, taps: Tensor) -> BTD:
     return torch.stack(out, dim=1).to(u.dtype)
 
 
+def rms_norm(
+    x: Tensor,
+    weight: D,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    eps: float,
+    activation: Literal["silu", "sigmoid"],
+    gate_first: bool,
+) -> tuple[Tensor, Tensor]:
+    """h = x + residual; y = w n act(gate), n = h / sqrt(mean h^2 + eps), or n of h act(gate)."""
+    dtype = accumulator(x, weight, residual, gate)
+    h = x.to(dtype) if residual is None else x.to(dtype) + residual.to(dtype)
+    kind = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    opening = torch.ones((), dtype=dtype, device=x.device)
+    if gate is not None:
+        opening = torch.sigmoid(gate.to(dtype))
+        opening = gate.to(dtype) * opening if activation == "silu" else opening
+    u = h * opening if gate_first else h
+    y = weight.to(dtype) * u / (u.square().mean(dim=-1, keepdim=True) + eps).sqrt()
+    y = y if gate_first else y * opening
+    return y.to(torch.promote_types(kind, weight.dtype)), h.to(kind)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int
+) -> tuple[Tensor, Tensor]:
+    """z = W h; the loss log sum_a exp(z_a) - z_target, 0 where ignored, and log sum_a exp(z_a)."""
+    dtype = accumulator(hidden, weight)
+    losses, normalizers = [], []
+    for h, target in zip(hidden.to(dtype), targets.tolist(), strict=True):
+        z = weight.to(dtype) @ h
+        total = torch.logsumexp(z, dim=0)
+        losses.append(total * 0 if target == ignore else total - z[target])
+        normalizers.append(total)
+    return torch.stack(losses), torch.stack(normalizers)
+
+
 def learned_memory(
     q: BTHK | None,
     k: BTHK,

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..kernels.backend import current, pinned
+from ..kernels.rms_norm import norm_form, rms_norm
 from .base import GeneError
 
 NORMS = ("rmsnorm", "layernorm", "dyt", "none")
@@ -77,16 +79,22 @@ class DynamicTanh(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm, with a backward pass of its own on the CPU.
+    """torch's RMSNorm, with a backward pass of its own on the CPU and our kernels on a GPU.
 
-    There torch 2.13 has no fused kernel: its backward pass goes over x about twice as often.
+    On a CPU torch 2.13 has no fused kernel: its backward pass goes over x about twice as often.
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        assert self.eps is not None
+        # Other pins than this one speak of the operators that mix tokens.
+        if pinned() == "triton" or (pinned() is None and x.is_cuda):
+            dtype = torch.promote_types(x.dtype, self.weight.dtype)
+            form = norm_form(x.shape[-1])
+            if current("rms_norm", x.device, form, dtype=dtype) == "triton":
+                return rms_norm(x, self.weight, eps=self.eps)[0]
         fused = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
         if not fused or self.weight.dtype != x.dtype:
             return super().forward(x)
-        assert self.eps is not None
         y: Tensor = _RmsNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
         return y
 

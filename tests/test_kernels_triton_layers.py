@@ -18,8 +18,10 @@ from typing import Any
 import pytest
 import torch
 
-from mendel.kernels.backend import HAS_TRITON, Unsupported, use_backend
+from mendel.kernels.backend import HAS_TRITON, Unsupported, backends, use_backend
+from mendel.kernels.rms_norm import rms_norm
 from mendel.kernels.short_conv import short_conv
+from mendel.primitives.norm import make_norm
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
@@ -40,7 +42,7 @@ def _errors() -> dict[str, dict[str, float]]:
     return found
 
 
-@pytest.mark.parametrize("op", ["short_conv"])
+@pytest.mark.parametrize("op", ["short_conv", "rms_norm"])
 def test_equals_definition(op: str) -> None:
     """Outputs, state and gradients: 1e-6 in float32, some tens of roundings of 6e-8.
 
@@ -72,6 +74,16 @@ KERNELS: list[tuple[str, str, dict[str, Any]]] = [
     ("short_conv", "_backward", {**CONV, "WALK": 8}),
     ("short_conv", "_backward", {**BARE, **ABSENT, "WALK": 8, "dstate_ptr": None}),
 ]
+NORM: dict[str, Any] = {"ROWS": 1, "FULL_D": 4096, "GATE": True, "SILU": True, "FIRST": False}
+HEADS: dict[str, Any] = {**NORM, "ROWS": 16, "FULL_D": 128, "GATE": False, "gate_ptr": None}
+KERNELS += [
+    ("rms_norm", "_forward", {**NORM, "RESIDUAL": True}),
+    ("rms_norm", "_forward", {**NORM, "RESIDUAL": True, "FIRST": True}),
+    ("rms_norm", "_forward", {**HEADS, "RESIDUAL": False, "residual_ptr": None, "h_ptr": None}),
+    ("rms_norm", "_backward", {**NORM, "CARRIED": True}),
+    ("rms_norm", "_backward", {**NORM, "CARRIED": True, "FIRST": True}),
+    ("rms_norm", "_backward", {**HEADS, "CARRIED": False, "dh_ptr": None, "dgate_ptr": None}),
+]
 
 
 def _compile(
@@ -99,7 +111,8 @@ def _compile(
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize(("module", "name", "constants"), KERNELS)
 def test_compiles(module: str, name: str, constants: dict[str, Any], capability: int) -> None:
-    compiled = _compile(module, name, capability, constants, 4, "bf16")
+    warps = 8 if constants.get("FULL_D") == 4096 else 4
+    compiled = _compile(module, name, capability, constants, warps, "bf16")
     assert len(compiled.asm["cubin"]) > 0
     assert compiled.metadata.shared <= SHARED_KIB[capability] * 1024
 
@@ -111,3 +124,15 @@ def test_more_taps_than_the_kernel_unrolls() -> None:
             short_conv(x, torch.zeros(2, 9))
         with pytest.raises(Unsupported, match="on a CUDA device, not on cpu"):
             short_conv(x, torch.zeros(2, 4))
+
+
+def test_rows_that_no_program_holds() -> None:
+    assert "triton" in backends("rms_norm")
+    x = torch.zeros(1, 16385)
+    with use_backend("triton"):
+        with pytest.raises(Unsupported, match=r"rms_norm, form wide.*it has no kernel"):
+            rms_norm(x, x[0])
+        with pytest.raises(Unsupported, match="on a CUDA device, not on cpu"):
+            make_norm("rmsnorm", 16)(x[:, :16])
+    with use_backend("flex"):
+        assert make_norm("rmsnorm", 16)(x[:, :16]).count_nonzero() == 0

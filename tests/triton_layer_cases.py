@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mendel.kernels import triton_rms_norm
 from mendel.kernels.backend import use_backend
+from mendel.kernels.rms_norm import rms_norm
 from mendel.kernels.short_conv import short_conv
 
 Call = Callable[..., tuple[Tensor, Tensor]]
@@ -32,6 +34,19 @@ def conv_inputs(
         "state": torch.randn(2, width, taps - 1) if start else None,
     }
 
+
+def norm_inputs(rows: int, width: int, residual: bool, gate: bool, strided: bool = False) -> Given:
+    x = torch.randn(2, rows, 2 * width if strided else width)
+    return {
+        "x": x[..., width:] if strided else x,
+        "weight": torch.randn(width),
+        "residual": 3 * torch.randn(2, rows, width) if residual else None,
+        "gate": torch.randn(2, rows, width) if gate else None,
+    }
+
+
+ONLY = sys.argv[1] if len(sys.argv) > 1 else ""
+"""Only the cases with this in their name."""
 
 CASES: dict[str, tuple[Call, Callable[[], Given], dict[str, Any]]] = {}
 for _tokens, _width, _taps, _bias, _start, _silu in (
@@ -55,6 +70,22 @@ CASES["short_conv-strided"] = (
     lambda: conv_inputs(19, 10, 4, True, True, strided=True),
     {"activation": "silu"},
 )
+for _rows, _width, _residual, _gate, _options in (
+    (1, 5, False, False, {}),
+    (150, 5, False, False, {"eps": 1e-2}),
+    (3, 2100, False, False, {}),
+    (9, 300, True, False, {}),
+    (9, 24, False, True, {}),
+    (9, 24, True, True, {"activation": "sigmoid"}),
+    (9, 24, True, True, {"gate_first": True}),
+    (70, 24, False, True, {"gate_first": True, "activation": "sigmoid"}),
+):
+    CASES[f"rms_norm-{_rows}-{_width}-{_residual}-{_gate}{''.join(_options)}"] = (
+        rms_norm,
+        lambda n=_rows, d=_width, r=_residual, g=_gate: norm_inputs(n, d, r, g),  # type: ignore[misc]
+        _options,
+    )
+CASES["rms_norm-strided"] = (rms_norm, lambda: norm_inputs(40, 6, True, True, True), {})
 
 
 def run(
@@ -92,8 +123,11 @@ def main() -> None:
     def poison(t: Tensor) -> Tensor:
         return t.fill_(torch.nan) if t.is_floating_point() else t
 
-    results = {}
-    for name, (op, inputs, options) in CASES.items():
+    # Few programs for the rows' gradients, so that each walks over several tiles of them.
+    triton_rms_norm.PROGRAMS = 2
+    triton_rms_norm.TILE = 256
+    results: dict[str, dict[str, float]] = {}
+    for name, (op, inputs, options) in [c for c in CASES.items() if ONLY in c[0]]:
         torch.manual_seed(0)
         given = inputs()
         for dtype in (torch.float32, torch.float16):
