@@ -19,8 +19,8 @@ from record import save, spread
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Mamba2Config, Mamba2ForCausalLM
 
+from mendel.genome.build import build
 from mendel.genome.genome import Genome
-from mendel.genome.model import build
 from mendel.genome.notation import show
 from mendel.genome.presets import load
 

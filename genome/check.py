@@ -11,8 +11,8 @@ import torch
 
 from ..primitives.base import Gene
 from ..primitives.catalogue import CATALOGUE, resolve
+from .build import build
 from .genome import JOINS, NORMS, PLACEMENTS, POSITIONS, RESIDUALS, Genome
-from .model import build
 from .notation import show
 from .sample import sample_valid
 from .space import Space

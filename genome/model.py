@@ -1,4 +1,4 @@
-"""From a genome to a language model: the only place where genes become modules."""
+"""The language model: the only place where configs become modules."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..primitives.base import Carry, State, carries
 from ..primitives.norm import dyt_alpha, make_norm
 from ..primitives.position import added_position
 from ..primitives.sphere import Scale, stream_maps, to_sphere
+from .blueprint import Blueprint
 from .genome import Genome, Op
 from .residual import Entry, SlotBlock, final_norm
-from .resolve import configs, require_causal
 from .reversible import plain_streams, reversible_streams
 
 
@@ -42,9 +42,10 @@ class LanguageModel(nn.Module):
     `after_step` after every step of an optimiser.
     """
 
-    def __init__(self, genome: Genome, vocab: int | None = None) -> None:
+    def __init__(self, blueprint: Blueprint, vocab: int | None = None) -> None:
         super().__init__()
-        self.genome = genome
+        self.blueprint = blueprint
+        self.genome = genome = blueprint.genome
         self.vocab = genome.vocab if vocab is None else vocab
         width = genome.width
         self.embedding = nn.Embedding(self.vocab, width)
@@ -54,9 +55,10 @@ class LanguageModel(nn.Module):
         self.plan: list[list[int]] = []
         self._carries: list[list[str | None]] = []
         shared: dict[str, int] = {}
-        for slot, row in zip(genome.slots, configs(genome), strict=True):
+        for row in blueprint.parts:
             indices = []
-            for op, config in zip(slot.branches, row, strict=True):
+            for part in row:
+                op, config = part.op, part.config
                 index = shared.get(op.weights) if op.weights is not None else None
                 if index is None:
                     index = len(self.operators)
@@ -65,9 +67,12 @@ class LanguageModel(nn.Module):
                         shared[op.weights] = index
                 indices.append(index)
             self.plan.append(indices)
-            self._carries.append([carries(config) for config in row])
+            self._carries.append([carries(part.config) for part in row])
         self.entry = Entry(genome)
-        self.blocks = nn.ModuleList(SlotBlock(genome, slot) for slot in genome.slots)
+        self.blocks = nn.ModuleList(
+            SlotBlock(genome, slot, any(part.mixes for part in row))
+            for slot, row in zip(genome.slots, blueprint.parts, strict=True)
+        )
         self.final_norm = make_norm(final_norm(genome), width, dyt_alpha(width, False))
         self.head = None if genome.tied else nn.Linear(width, self.vocab, bias=False)
         # Logits of order 1 from a normed stream, whether the two tables are one or not.
@@ -189,7 +194,7 @@ class LanguageModel(nn.Module):
         """Empty states with room for `context` tokens; dtype and device default to the weights'.
 
         Raises BidirectionalError where an operator reads later tokens."""
-        require_causal(self.genome)
+        self.blueprint.require_causal()
         weight = self.embedding.weight
         dtype = weight.dtype if dtype is None else dtype
         device = weight.device if device is None else device
@@ -272,11 +277,3 @@ def _borrowers(genome: Genome) -> dict[tuple[int, int], str]:
         if op.features is not None and genome.site(i, j).borrows:
             found[i, j] = op.features
     return found
-
-
-def build(genome: Genome, vocab: int | None = None) -> LanguageModel:
-    """The genome's model with fresh weights from torch's global generator.
-
-    Raises GeneError with a sentence where the genome is invalid.
-    """
-    return LanguageModel(genome, vocab)

@@ -36,7 +36,6 @@ from ..primitives.norm import dyt_alpha, make_norm, norm_params
 from ..primitives.position import ADDED
 from ..primitives.sphere import Scale, unit
 from .genome import Genome, Slot
-from .resolve import primitive_of
 
 EIGEN_RATE = 0.05
 """alpha's initial value in nGPT."""
@@ -120,13 +119,13 @@ class Entry(nn.Module):
 class SlotBlock(nn.Module):
     """The norms of one slot, the join of its branches, its scaling; not the operators."""
 
-    def __init__(self, genome: Genome, slot: Slot) -> None:
+    def __init__(self, genome: Genome, slot: Slot, mixes: bool) -> None:
+        """`mixes`: an operator of the slot mixes tokens."""
         super().__init__()
         width = genome.width
         norm, self.placement = norms_of(genome)
         self.join = join_of(genome, slot)
         # DyT begins otherwise before attention; here that is before any mixer over tokens.
-        mixes = any(primitive_of(op).kind == "mixer" for op in slot.branches)
         alpha, other = dyt_alpha(width, mixes), dyt_alpha(width, False)
         before, after = self.placement != "post", self.placement != "pre"
         self.before = make_norm(norm, width, alpha) if before else nn.Identity()

@@ -10,13 +10,10 @@ from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Literal
 
-from ..primitives.base import BidirectionalError, Config, Gene, GeneError, Primitive, Site
-from ..primitives.base import is_causal as config_is_causal
+from ..primitives.base import Config, Gene, GeneError, Primitive, Site
 from ..primitives.catalogue import find, resolve
+from .blueprint import Blueprint, Part, Place
 from .genome import Genome, Op, Slot
-
-Place = tuple[int, int]
-"""Slot and branch, both from 0."""
 
 Kind = Literal["weights", "features"]
 
@@ -89,14 +86,21 @@ def configs(genome: Genome) -> list[list[Config]]:
     ]
 
 
+def blueprint(genome: Genome) -> Blueprint:
+    """The genome with its operators' configs. Raises GeneError where one cannot be built."""
+    rows = [
+        tuple(
+            Part(op, config, primitive_of(op).kind == "mixer")
+            for op, config in zip(slot.branches, row, strict=True)
+        )
+        for slot, row in zip(genome.slots, configs(genome), strict=True)
+    ]
+    return Blueprint(genome, tuple(rows))
+
+
 def readers_ahead(genome: Genome) -> list[Place]:
     """The operators that read later tokens. Raises GeneError where one cannot be built."""
-    return [
-        (i, j)
-        for i, row in enumerate(configs(genome))
-        for j, config in enumerate(row)
-        if not config_is_causal(config)
-    ]
+    return blueprint(genome).readers_ahead()
 
 
 def is_causal(genome: Genome) -> bool:
@@ -105,30 +109,8 @@ def is_causal(genome: Genome) -> bool:
 
 
 def acausal(genome: Genome) -> str | None:
-    """Which operator reads later tokens, in words that a sentence begins with; None if none does.
-
-    Raises GeneError where an operator cannot be built.
-    """
-    found = readers_ahead(genome)
-    if not found:
-        return None
-    op = genome.slots[found[0][0]].branches[found[0][1]]
-    given = " with causal=false" if dict(op.genes).get("causal") is False else ""
-    return f"{place_name(genome, found[0])}: {op.name}{given} reads later tokens"
-
-
-def require_causal(genome: Genome) -> None:
-    """Raises BidirectionalError, with a sentence, where an operator reads later tokens."""
-    words = acausal(genome)
-    if words is not None:
-        raise BidirectionalError(f"{words}, so the model has no state and decodes nothing")
-
-
-def place_name(genome: Genome, place: Place) -> str:
-    """`slot 3`, or `slot 3, branch 1` where the slot is parallel."""
-    slot, branch = place
-    many = len(genome.slots[slot].branches) > 1
-    return f"slot {slot}, branch {branch}" if many else f"slot {slot}"
+    """`Blueprint.acausal` of a genome. Raises GeneError where an operator cannot be built."""
+    return blueprint(genome).acausal()
 
 
 # The caches' keys hold the types beside the values, because 1, 1.0 and True are equal as keys and

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from ..primitives.base import Config, GeneError, Site, show_gene
 from ..primitives.catalogue import find
+from .blueprint import Place, place_name
 from .genome import Genome, Op
 from .header import HEADER, JOIN, LABEL, MAX_SLOTS, header_of
 from .residual import norms_of
-from .resolve import Place, config_of, groups, place_name, primitive_of, sites
+from .resolve import config_of, groups, primitive_of, sites
 from .space import SlotSpace, Space
 
 RULES: dict[str, str] = {

@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ..primitives.base import Config, Site
+from .blueprint import Place
 from .genome import Genome, Op, Slot
 from .header import LABEL
-from .resolve import Kind, Place, config_of, fits, groups, letters, primitive_of, sites
+from .resolve import Kind, config_of, fits, groups, letters, primitive_of, sites
 from .rules import lending_problem
 from .space import SlotSpace
 

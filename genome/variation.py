@@ -9,11 +9,12 @@ from typing import TypeVar
 import numpy as np
 
 from ..primitives.base import Gene, show_gene
+from .blueprint import Place
 from .constraints import satisfied
 from .genome import Genome, Slot
 from .header import HEADER, header_of, with_header
 from .repair import repair
-from .resolve import Place, genes_of, primitive_of, relabel
+from .resolve import genes_of, primitive_of, relabel
 from .sample import chooser, sample_op, sample_slot
 from .sharing import rows_of, share_features, share_weights, with_rows
 from .space import SlotSpace, Space, make_op

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..genome.build import build
 from ..genome.genome import Genome
-from ..genome.model import LanguageModel, build
+from ..genome.model import LanguageModel
 from . import checkpoint
 from .recipe import TrainConfig, autocast, learning_rate, make_optimizer, resolve_dtype
 from .task import IGNORE, ProxyError, Task, leak

@@ -19,8 +19,9 @@ import psutil
 import torch
 import torch.nn.functional as F
 
+from ..genome.build import build
 from ..genome.genome import Genome
-from ..genome.model import LanguageModel, build
+from ..genome.model import LanguageModel
 from ..genome.resolve import is_causal
 from ..kernels.backend import used_backends
 from ..primitives.base import DTYPES

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ReformerConfig
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
-from mendel.genome.model import build as language_model
+from mendel.genome.build import build as language_model
 from mendel.genome.notation import parse
 from mendel.primitives.attention.bucketed import BucketedAttention, BucketedConfig
 from mendel.primitives.attention.hashed import HashedAttention, HashedConfig, attend_in_chunks

@@ -14,8 +14,8 @@ import yaml
 from command_line import caller
 from torch import Tensor, nn
 
+from mendel.genome.build import build
 from mendel.genome.cost import cost
-from mendel.genome.model import build
 from mendel.genome.notation import parse
 from mendel.genome.resolve import acausal, is_causal
 from mendel.primitives.base import BidirectionalError

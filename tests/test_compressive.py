@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from mendel.genome.build import build as model_of
 from mendel.genome.check import TOLERANCE, difference
-from mendel.genome.model import build as model_of
 from mendel.genome.notation import parse
 from mendel.primitives.attention.axes import configure
 from mendel.primitives.attention.compressive import CompressedSegments, CompressiveAttention

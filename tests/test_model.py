@@ -5,6 +5,7 @@ import pytest
 import torch
 from flop_count import counter as flop_counter
 
+from mendel.genome.build import build
 from mendel.genome.check import (
     TOLERANCE,
     Disagreement,
@@ -15,7 +16,7 @@ from mendel.genome.check import (
 )
 from mendel.genome.cost import cost
 from mendel.genome.genome import Genome
-from mendel.genome.model import LanguageModel, build
+from mendel.genome.model import LanguageModel
 from mendel.genome.notation import parse
 from mendel.genome.sample import sample_valid
 from mendel.primitives.base import GeneError

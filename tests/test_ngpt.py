@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mendel.genome.build import build
 from mendel.genome.check import TOLERANCE, difference
 from mendel.genome.cost import cost
-from mendel.genome.model import LanguageModel, build
+from mendel.genome.model import LanguageModel
 from mendel.genome.notation import parse
 from mendel.primitives.base import GeneError
 from mendel.primitives.catalogue import names

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mendel.genome import presets
+from mendel.genome.build import build
 from mendel.genome.check import TOLERANCE, difference
-from mendel.genome.model import build
 from mendel.genome.notation import show
 from mendel.genome.presets import PresetError
 from mendel.genome.resolve import is_causal, primitive_of

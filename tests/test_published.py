@@ -11,9 +11,9 @@ import torch
 import transformers
 
 from mendel.genome import published
+from mendel.genome.build import build
 from mendel.genome.check import TOLERANCE, difference
 from mendel.genome.cost import cost
-from mendel.genome.model import build
 from mendel.genome.notation import parse
 from mendel.genome.presets import PresetError
 from mendel.genome.rules import violations

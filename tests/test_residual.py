@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from mendel.genome.build import build
 from mendel.genome.check import TOLERANCE, difference
 from mendel.genome.cost import cost
 from mendel.genome.files import dump, from_dict, load, to_dict
 from mendel.genome.genome import NORMS, PLACEMENTS, RESIDUALS
 from mendel.genome.graph import graph
-from mendel.genome.model import LanguageModel, build
+from mendel.genome.model import LanguageModel
 from mendel.genome.notation import parse, show
 from mendel.genome.repair import repair
 from mendel.genome.residual import layer_scale

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mendel.genome import model as model_module
+from mendel.genome.build import build
 from mendel.genome.check import TOLERANCE, difference
 from mendel.genome.cost import cost
 from mendel.genome.hash import canonical_hash
-from mendel.genome.model import LanguageModel, build
+from mendel.genome.model import LanguageModel
 from mendel.genome.notation import parse
 from mendel.genome.rules import violations
 from mendel.primitives.attention import moh

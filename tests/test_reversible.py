@@ -14,8 +14,9 @@ from transformers import ReformerConfig
 from transformers.models.reformer import modeling_reformer as reformer
 
 from mendel.genome import model as model_module
+from mendel.genome.build import build
 from mendel.genome.check import TOLERANCE, difference
-from mendel.genome.model import LanguageModel, build
+from mendel.genome.model import LanguageModel
 from mendel.genome.notation import parse
 from mendel.genome.reversible import plain_streams, reversible_streams
 
