@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-from .export import FORMATS, export
+from .exports.folder import export, files_of
+from .exports.formats import DEFAULT, FORMATS
+from .exports.order import Order
 from .front import Outcome, label_text, outcome_dict, outcome_of, shown_value
 from .options import WHAT, AsJson, examples
 from .records import TrialRecord
@@ -168,15 +170,13 @@ def report(
 def export_command(
     what: Annotated[str, typer.Argument(help=WHAT)],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
-    to: Annotated[str, typer.Option("--format", help=f"One of: {', '.join(FORMATS)}.")] = "files",
+    to: Annotated[str, typer.Option("--format", help=f"One of: {', '.join(FORMATS)}.")] = DEFAULT,
     force: Annotated[bool, typer.Option("--force", help="Replace an exported design.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a design as a folder: genome, costs, scores, provenance and a card."""
-    if to not in FORMATS:
-        raise Mistake(f"--format is one of {', '.join(FORMATS)}, not {to!r}")
-    folder = export(find_genome(what), out, force=force)
-    files = sorted(p.name for p in folder.iterdir())
+    folder = export(Order(find_genome(what)), out, to, force=force)
+    files = [p.relative_to(folder).as_posix() for p in files_of(folder)]
     if as_json:
         print_json({"folder": str(folder), "files": files})
     else:

@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 
 from ..genome.files import from_dict
-from .export import export
+from .exports.folder import export
+from .exports.order import Order
 from .front import Outcome
 from .run import RunView
 from .source import Source
@@ -28,5 +29,5 @@ def write_winners(run: RunView, found: Outcome) -> list[Path]:
         text = f"{run.folder}:{trial.number}"
         title = f"{run.study.name}:{trial.number}"
         source = Source(text, title, from_dict(trial.genome), run, trial)
-        written.append(export(source, place / name, force=True))
+        written.append(export(Order(source), place / name, force=True))
     return written

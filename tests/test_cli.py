@@ -264,7 +264,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "front of an empty folder": (["front", "."], ["no run here"]),
     "report of nothing": (["report", "none"], ["none"]),
     "export without out": (["export", "mamba2"], ["--out"]),
-    "export format": (["export", "mamba2", "--out", "x", "--format", "onnx"], ["onnx", "files"]),
+    "export format": (["export", "mamba2", "--out", "x", "--format", "onnx"], ["onnx", "genome"]),
     "train task": (["train", "mamba2", "--proxy", "rec", "--out", "x"], ["rec", "byte-text"]),
     "train seeds": (
         ["train", "mamba2", "--proxy", "byte-text", "--out", "x", "--seeds", "0,a"],

@@ -193,9 +193,9 @@ def test_a_trial_shows_everything_and_its_notation_is_copied(visit: Visit, runs:
 
 
 def test_an_export_is_downloaded_and_reads_back(visit: Visit, runs: Path) -> None:
-    visit.open("/trial?run=made&trial=17", "text=Download files")
+    visit.open("/trial?run=made&trial=17", "text=Download genome")
     with visit.page.expect_download() as waiting:
-        visit.page.click("text=Download files")
+        visit.page.click("text=Download genome")
     packed = zipfile.ZipFile(io.BytesIO(Path(waiting.value.path()).read_bytes()))
     name = next(n for n in packed.namelist() if n.endswith("genome.json"))
     genome = from_dict(json.loads(packed.read(name)))

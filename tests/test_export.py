@@ -11,8 +11,10 @@ from mendel.genome.cost import cost
 from mendel.genome.files import load
 from mendel.genome.hash import canonical_hash
 from mendel.genome.notation import parse
-from mendel.search import export as module
-from mendel.search.export import export
+from mendel.search.exports.folder import export
+from mendel.search.exports.formats import FORMATS, Format
+from mendel.search.exports.genome import write_genome
+from mendel.search.exports.order import Order
 from mendel.search.front import outcome_of
 from mendel.search.run import RunView, open_run
 from mendel.search.source import Source, find_genome
@@ -40,7 +42,7 @@ def winner(run: RunView) -> Source:
 
 
 def test_a_trial_is_exported_whole(winner: Source, tmp_path: Path) -> None:
-    folder = export(winner, tmp_path / "out")
+    folder = export(Order(winner), tmp_path / "out")
     assert {p.name for p in folder.iterdir()} == FILES
     assert load(folder / "genome.yaml") == winner.genome
     written = json.loads((folder / "genome.json").read_text())
@@ -58,7 +60,7 @@ def test_a_trial_is_exported_whole(winner: Source, tmp_path: Path) -> None:
 
 
 def test_scores_stand_with_their_budget_and_the_baselines(winner: Source, tmp_path: Path) -> None:
-    scores = json.loads((export(winner, tmp_path / "out") / "scores.json").read_text())
+    scores = json.loads((export(Order(winner), tmp_path / "out") / "scores.json").read_text())
     assert winner.trial is not None
     assert scores["values"] == winner.trial.values
     assert [r["rung"] for r in scores["rungs"]] == [0, 1]
@@ -75,7 +77,7 @@ def test_scores_stand_with_their_budget_and_the_baselines(winner: Source, tmp_pa
 
 
 def test_costs_are_the_genome_s(winner: Source, tmp_path: Path) -> None:
-    costs = json.loads((export(winner, tmp_path / "out") / "costs.json").read_text())
+    costs = json.loads((export(Order(winner), tmp_path / "out") / "costs.json").read_text())
     total = cost(winner.genome).total
     at = next(c for c in costs["at"] if (c["context"], c["dtype"]) == (4096, "bf16"))
     assert costs["params"] == total.params
@@ -84,14 +86,14 @@ def test_costs_are_the_genome_s(winner: Source, tmp_path: Path) -> None:
 
 
 def test_the_card_says_what_it_is_not(winner: Source, tmp_path: Path) -> None:
-    card = (export(winner, tmp_path / "out") / "README.md").read_text()
+    card = (export(Order(winner), tmp_path / "out") / "README.md").read_text()
     assert "not from a language model" in card
     assert "transformer++" in card
     assert "No weights" in card
 
 
 def test_a_design_without_a_run(tmp_path: Path) -> None:
-    folder = export(find_genome("[mamba2 > swiglu]*2"), tmp_path / "deep" / "out")
+    folder = export(Order(find_genome("[mamba2 > swiglu]*2")), tmp_path / "deep" / "out")
     assert {p.name for p in folder.iterdir()} == FILES
     scores = json.loads((folder / "scores.json").read_text())
     assert scores["rungs"] == []
@@ -99,12 +101,12 @@ def test_a_design_without_a_run(tmp_path: Path) -> None:
 
 
 def test_nothing_is_overwritten_unasked(winner: Source, tmp_path: Path) -> None:
-    folder = export(winner, tmp_path / "out")
+    folder = export(Order(winner), tmp_path / "out")
     (folder / "mine.txt").write_text("keep")
     with pytest.raises(Mistake, match="exists already"):
-        export(winner, folder)
+        export(Order(winner), folder)
     assert (folder / "mine.txt").exists()
-    export(winner, folder, force=True)
+    export(Order(winner), folder, force=True)
     assert not (folder / "mine.txt").exists()
 
 
@@ -112,7 +114,7 @@ def test_force_replaces_only_an_export(winner: Source, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("x")
     with pytest.raises(Mistake, match="is no exported design"):
-        export(winner, tmp_path / "thesis", force=True)
+        export(Order(winner), tmp_path / "thesis", force=True)
     assert (tmp_path / "thesis" / "chapter.tex").exists()
 
 
@@ -120,16 +122,14 @@ def test_what_cannot_be_read_back_is_not_handed_over(
     winner: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A disk that loses a byte, at the one place where the folder is written.
-    whole = module.write_files
-
-    def losing(source: Source, folder: Path) -> None:
-        whole(source, folder)
+    def losing(order: Order, folder: Path) -> None:
+        write_genome(order, folder)
         path = folder / "genome.yaml"
         path.write_text(path.read_text().replace("width: 32", "width: 64"))
 
-    monkeypatch.setattr(module, "write_files", losing)
+    monkeypatch.setitem(FORMATS, "genome", Format("genome", "", losing))
     with pytest.raises(RuntimeError, match="not the genome that was meant"):
-        export(winner, tmp_path / "out")
+        export(Order(winner), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

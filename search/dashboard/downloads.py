@@ -11,7 +11,9 @@ from pathlib import Path
 from flask import Flask, Response, request
 
 from ...genome.files import from_dict
-from ..export import FORMATS, export
+from ..exports.folder import export, files_of
+from ..exports.formats import DEFAULT, FORMATS
+from ..exports.order import Order
 from ..source import Source
 from ..terminal import Mistake
 from .designs import UNREADABLE, design, drawing
@@ -45,11 +47,11 @@ def serve_files(server: Flask, watch: Watch) -> None:
                 return _gone("There is no such run.")
             if not (number.isascii() and number.isdigit() and len(number) < 10):
                 return _gone("A trial is a number.")
-            kind = request.args.get("format", FORMATS[0])
+            kind = request.args.get("format", DEFAULT)
             if kind not in FORMATS:
                 return _gone(f"format is one of {', '.join(FORMATS)}.")
             try:
-                return _packed(watched, int(number), request.args.get("file"))
+                return _packed(watched, int(number), kind, request.args.get("file"))
             except UNREADABLE as error:
                 return _gone(f"This trial cannot be exported: {error}")
             except Mistake as error:
@@ -66,7 +68,7 @@ def _run(watch: Watch) -> Watched | None:
     return watched if watched is not None and watched.view is not None else None
 
 
-def _packed(watched: Watched, number: int, wanted: str | None) -> Response:
+def _packed(watched: Watched, number: int, to: str, wanted: str | None) -> Response:
     """The export of a trial as a zip archive, or one file of it."""
     trial = watched.trial(number)
     if trial is None:
@@ -76,8 +78,8 @@ def _packed(watched: Watched, number: int, wanted: str | None) -> Response:
     genome = from_dict(trial.genome)
     source = Source(f"{watched.key}:{number}", title, genome, watched.run, trial)
     with tempfile.TemporaryDirectory(prefix="mendel-") as scratch:
-        folder = export(source, Path(scratch) / name)
-        files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in _all(folder)}
+        folder = export(Order(source), Path(scratch) / name, to)
+        files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in files_of(folder)}
     if wanted is not None:
         if wanted not in files:
             return _gone(f"An export has {', '.join(files)}.")
@@ -87,10 +89,6 @@ def _packed(watched: Watched, number: int, wanted: str | None) -> Response:
         for path, content in files.items():
             archive.writestr(f"{name}/{path}", content)
     return _attachment(packed.getvalue(), f"{name}.zip", "application/zip")
-
-
-def _all(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
 def _plain(text: str) -> str:

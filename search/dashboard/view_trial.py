@@ -10,7 +10,7 @@ from dash.exceptions import PreventUpdate
 
 from ...genome.hash import canonical_hash
 from ...primitives.base import Cost
-from ..export import FORMATS
+from ..exports.formats import FORMATS
 from ..figures import curves_figure
 from ..front import label_text, shown_value
 from ..records import Measurement, TrialRecord

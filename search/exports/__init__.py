@@ -1,0 +1,9 @@
+"""Designs as folders that others can trust: written whole or not at all, hashed, verified.
+
+order      what is asked for: a design, and with which weights
+formats    the table of formats and their writers
+folder     scratch folder, writer, hashes, reading back, the final place
+facts      costs, scores and provenance as JSON
+card       README.md
+genome     the format `genome`
+"""

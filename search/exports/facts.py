@@ -1,0 +1,117 @@
+"""What an export says of a design as JSON: its costs, its scores, where it came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ...genome.cost import DEFAULT_CONTEXT, cost
+from ...genome.genome import GRAMMAR_VERSION, Genome
+from ...genome.hash import canonical_hash
+from ...genome.notation import show as notation
+from ...primitives.base import DTYPES
+from ..records import TrialRecord
+from ..source import Source
+from ..store import now
+from ..terminal import clean
+from .order import Order
+
+CONTEXTS = (DEFAULT_CONTEXT, 65_536)
+COST_DTYPES = ("bf16", "fp32")
+
+VERSION = version("mendel")
+
+
+def write(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(clean(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def costs(genome: Genome) -> dict[str, Any]:
+    """Counted costs, per context and dtype, whole and per slot."""
+    first = cost(genome)
+    return {
+        "params": first.total.params,
+        "active_params": first.total.active_params,
+        "vocab": genome.vocab,
+        "at": [_costs_at(genome, c, d) for c in CONTEXTS for d in COST_DTYPES],
+    }
+
+
+def _costs_at(genome: Genome, context: int, dtype: str) -> dict[str, Any]:
+    counted = cost(genome, context, DTYPES[dtype])
+    return {
+        "context": context,
+        "dtype": dtype,
+        "cache_bytes": counted.total.state_bytes,
+        "flops_per_token": counted.total.flops_per_token,
+        "slots": [
+            {"params": c.params, "cache_bytes": c.state_bytes, "flops_per_token": c.flops_per_token}
+            for c in counted.slots
+        ],
+    }
+
+
+def scores(source: Source) -> dict[str, Any]:
+    """Per proxy the scores and steps of every rung, and the baselines of the same budget."""
+    if source.trial is None or source.run is None:
+        return {
+            "proxies": {},
+            "seeds": [],
+            "rungs": [],
+            "baselines": {},
+            "note": "the design was exported without a run, so nothing was trained",
+        }
+    study = source.run.study
+    return {
+        "proxies": {name: p.model_dump(mode="json") for name, p in study.proxies.items()},
+        "seeds": [study.search.seed],
+        "note": "one seed per trial: the scores carry no spread over seeds",
+        "state": source.trial.state,
+        "values": source.trial.values,
+        "rungs": _rungs(source.trial),
+        "baselines": {
+            str(t.baseline): {"state": t.state, "values": t.values, "rungs": _rungs(t)}
+            for t in source.run.trials
+            if t.baseline is not None
+        },
+    }
+
+
+def _rungs(trial: TrialRecord) -> list[dict[str, Any]]:
+    return [dict(rung) for rung in trial.as_dict()["rungs"]]
+
+
+def provenance(order: Order, to: str, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """Where the design came from, and the sha256 of every other file of the folder."""
+    source = order.source
+    facts: dict[str, Any] = {
+        "exported": now(),
+        "mendel": VERSION,
+        "format": to,
+        "genome": {
+            "grammar": GRAMMAR_VERSION,
+            "hash": canonical_hash(source.genome),
+            "notation": notation(source.genome),
+        },
+        "source": source.text,
+        "files": dict(hashes),
+    }
+    if source.trial is not None and source.run is not None:
+        trial = source.trial
+        facts |= {
+            "run": source.run.provenance,
+            "study": source.run.study.text,
+            "trial": {
+                "number": trial.number,
+                "baseline": trial.baseline,
+                "parents": trial.parents,
+                "variation": trial.variation,
+                "started": trial.started,
+                "finished": trial.finished,
+                "hash": trial.hash,
+            },
+        }
+    return facts

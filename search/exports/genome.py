@@ -1,0 +1,38 @@
+"""The format `genome`: a small folder with the design, what it costs and what it scored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...genome.files import dump
+from .card import card
+from .facts import costs, scores, write
+from .order import Order
+
+FILES = (
+    "`genome.yaml` and `genome.json` hold the design, `costs.json` what it costs, `scores.json` "
+    "what it and the baselines of the same budget scored, `provenance.json` how that came about "
+    "and the sha256 of each file."
+)
+
+WEIGHTLESS = "No weights are in this folder."
+
+
+def write_genome(order: Order, folder: Path) -> None:
+    """Write genome, costs, scores and card."""
+    write_design(order, folder)
+    uses = (
+        "mendel show genome.yaml",
+        "mendel train genome.yaml --proxy byte-text --steps 1000 --out trained",
+    )
+    text = card(order.source, weights=WEIGHTLESS, files=FILES, uses=uses)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def write_design(order: Order, folder: Path) -> None:
+    """What every format with a genome holds: genome, costs and scores."""
+    genome = order.source.genome
+    dump(genome, folder / "genome.yaml")
+    dump(genome, folder / "genome.json")
+    write(folder / "costs.json", costs(genome))
+    write(folder / "scores.json", scores(order.source))
