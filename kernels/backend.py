@@ -27,7 +27,7 @@ Backend = Literal["definition", "chunked", "triton", "flex"]
 
 OPS = (
     *("matrix_state", "delta_rule", "diagonal_scan", "short_conv", "long_conv", "attention"),
-    *("rms_norm", "linear_cross_entropy"),
+    *("rms_norm", "linear_cross_entropy", "moe_permute"),
 )
 
 TRITON_FORMS: dict[str, tuple[str | None, ...]] = {
