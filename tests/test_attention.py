@@ -45,6 +45,8 @@ CASES: dict[str, dict[str, Gene]] = {
     "window-1": {"pattern": "sliding", "window": 1},
     "conv": {"conv": 4, "pattern": "sliding", "window": 16},
     "conv-1": {"conv": 1},
+    "bias-in": {"bias": True, "bias_at": "inputs", "gate": "sigmoid"},
+    "bias-out": {"bias": True, "bias_at": "output"},
     "everything": {
         "kv_heads": 2,
         "head_dim": 10,

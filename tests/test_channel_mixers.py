@@ -4,6 +4,8 @@ Float32 tolerance 1e-5 of the output's scale: the same products summed in anothe
 about sqrt(terms) * 2^-24, a tenth of that at these sizes.
 """
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -98,11 +100,12 @@ def test_swiglu_is_llamas_mlp() -> None:
     assert error(ours(x)[0], theirs(x)) < 1e-5
 
 
+@pytest.mark.parametrize(("activation", "theirs_is"), [("gelu", "gelu"), ("gelu-tanh", "gelu_new")])
 @torch.no_grad()
-def test_gelu_mlp_is_gpt2s() -> None:
+def test_gelu_mlp_is_gpt2s(activation: str, theirs_is: str) -> None:
     torch.manual_seed(0)
-    ours = mlp("gelu-mlp")
-    settings = GPT2Config(n_embd=WIDTH, activation_function="gelu", resid_pdrop=0.0)
+    ours = mlp("gelu-mlp", activation=activation)
+    settings = GPT2Config(n_embd=WIDTH, activation_function=theirs_is, resid_pdrop=0.0)
     theirs, x = gpt2.GPT2MLP(4 * WIDTH, settings), inputs()
     for to, given in ((ours.entry, theirs.c_fc), (ours.exit, theirs.c_proj)):
         nn.init.normal_(given.bias)
@@ -119,6 +122,9 @@ def test_an_mlp_is_its_formula(activation: str, gated: bool) -> None:
         "relu": lambda x: x.clamp_min(0),
         "relu2": lambda x: x.clamp_min(0) ** 2,
         "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5)),
+        "gelu-tanh": lambda x: (
+            x * 0.5 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
+        ),
         "silu": lambda x: x / (1 + (-x).exp()),
     }
     ours, x = mlp("mlp", activation=activation, gated=gated, bias=True), inputs()
@@ -132,7 +138,7 @@ def test_an_mlp_is_its_formula(activation: str, gated: bool) -> None:
 
 
 def test_an_unknown_activation_gets_a_sentence() -> None:
-    with pytest.raises(ValueError, match="relu, relu2, gelu, silu, not tanh"):
+    with pytest.raises(ValueError, match="relu, relu2, gelu, gelu-tanh, silu, not tanh"):
         activate("tanh", torch.zeros(1))
 
 

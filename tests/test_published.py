@@ -129,6 +129,16 @@ REFERENCES: dict[str, Any] = {
             for i in range(1, 28)
         ]
     ),
+    "recurrentgemma-2b": lambda: transformers.RecurrentGemmaConfig(
+        intermediate_size=15360, num_key_value_heads=1
+    ),
+    "recurrentgemma-9b": lambda: transformers.RecurrentGemmaConfig(
+        hidden_size=4096,
+        intermediate_size=24576,
+        num_hidden_layers=38,
+        num_attention_heads=16,
+        num_key_value_heads=1,
+    ),
     "nemotron-h-8b": lambda: transformers.NemotronHConfig(
         vocab_size=131072,
         hidden_size=4096,
@@ -216,6 +226,15 @@ def test_the_operators_work_at_a_small_size(notation: str) -> None:
     assert sum(p.numel() for p in build(genome).parameters()) == cost(genome).total.params
 
 
+def test_recurrentgemmas_cache_ends_with_the_window() -> None:
+    # Eight windows of 2048 keys and values of 256 channels; 18 states of 2560 channels in float32
+    # with three bf16 inputs of the convolution each.
+    sizes = [cost(published.load("recurrentgemma-2b"), n, torch.bfloat16) for n in (2048, CONTEXT)]
+    assert [size.total.state_bytes for size in sizes] == [
+        8 * 2048 * 2 * 256 * 2 + 18 * 2560 * (4 + 3 * 2)
+    ] * 2
+
+
 def test_the_share_of_attention() -> None:
     shares = {n: published.attention_count(published.load(n)) for n in published.names()}
     assert shares["llama-2-7b"] == (32, 32)
@@ -223,6 +242,7 @@ def test_the_share_of_attention() -> None:
     assert shares["mamba-2.8b"] == (0, 64)
     assert shares["nemotron-h-8b"] == (4, 28)
     assert shares["falcon-h1-0.5b"] == (36, 72)
+    assert shares["recurrentgemma-2b"] == (8, 26)
     assert shares["kimi-linear-48b-a3b"] == (7, 27)
 
 

@@ -53,6 +53,7 @@ FORMS: dict[str, Callable[[Site, Mapping[str, Gene]], Config]] = {**CHOSEN_FORMS
 def configure(site: Site, genes: Mapping[str, Gene]) -> Config:
     form = FORMS.get(choice(genes, "pattern"))
     if choice(genes, "kv") == "latent":
+        only(genes, "kv", {"bias_at": "all"})
         return configure_latent(site, genes)
     if form is None:
         memory = memory_pattern(genes)
@@ -63,7 +64,7 @@ def configure(site: Site, genes: Mapping[str, Gene]) -> Config:
             return longformer(plain)
         return plain
     # Their layers weigh by a softmax of their own.
-    only(genes, "pattern", {axis.name: axis.default for axis in SCORE_AXES})
+    only(genes, "pattern", {axis.name: axis.default for axis in SCORE_AXES} | {"bias_at": "all"})
     return form(site, genes)
 
 
@@ -90,7 +91,8 @@ def configure_plain(
         # nGPT has a norm of queries and keys of its own.
         qk_norm=flag(genes, "qk_norm") and not site.normalised,
         gate=choice(genes, "gate"),
-        bias=flag(genes, "bias"),
+        entry_bias=flag(genes, "bias") and choice(genes, "bias_at") != "output",
+        exit_bias=flag(genes, "bias") and choice(genes, "bias_at") != "inputs",
         conv=0 if site.borrows else whole(genes, "conv"),
         borrows=site.borrows,
         normalised=site.normalised,
@@ -136,6 +138,13 @@ ATTENTION = Primitive(
         ),
         *SCORE_AXES,
         Axis("bias", False, "biases on the projections", options=(False, True)),
+        Axis(
+            "bias_at",
+            "all",
+            "bias: on which projections; inputs, those of queries, keys and values (Qwen2, arXiv"
+            " 2407.10671), or output, the last (RecurrentGemma, arXiv 2404.07839)",
+            options=("all", "inputs", "output"),
+        ),
         Axis(
             "conv",
             0,

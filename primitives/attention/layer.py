@@ -49,7 +49,8 @@ class AttentionConfig:
     """The biases of alibi, t5 and xl."""
     qk_norm: bool
     gate: str
-    bias: bool
+    entry_bias: bool
+    exit_bias: bool
     conv: int
     """Taps of the short convolution on queries, keys and values; 0 for none."""
     borrows: bool
@@ -94,8 +95,8 @@ class AttentionConfig:
         products = self.width * (entry + self.query_width)
         conv = self.conv * self.mixed_width
         params = products + conv
-        if self.bias:
-            params += entry + self.width
+        params += entry if self.entry_bias else 0
+        params += self.width if self.exit_bias else 0
         if self.qk_norm:
             params += self.head_dim if self.borrows else 2 * self.head_dim
         if self.normalised:
@@ -133,8 +134,8 @@ class _Common(nn.Module):
         self.config = config
         entry = config.mixed_width + config.gate_width
         # One product for queries, keys, values and the gate, in this order.
-        self.entry = nn.Linear(config.width, entry, bias=config.bias)
-        self.exit = nn.Linear(config.query_width, config.width, bias=config.bias)
+        self.entry = nn.Linear(config.width, entry, bias=config.entry_bias)
+        self.exit = nn.Linear(config.query_width, config.width, bias=config.exit_bias)
         self.q_norm = make_norm("rmsnorm", config.head_dim) if config.qk_norm else None
         self.qk_scale: Scale | None = None
         if config.normalised:

@@ -123,6 +123,7 @@ def longformer(plain: AttentionConfig) -> LongformerConfig:
         "gate": plain.gate != "none",
         "score": plain.score != ScoreForm(),
         "features": plain.borrows,
+        "biases on some projections only": plain.entry_bias != plain.exit_bias,
         "the normalised backbone": plain.normalised,
     }
     for name, asked in absent.items():
@@ -140,5 +141,5 @@ def longformer(plain: AttentionConfig) -> LongformerConfig:
         plain.rope_theta,
         plain.rope_channels,
         plain.rope_form,
-        plain.bias,
+        plain.entry_bias,
     )

@@ -18,17 +18,20 @@ from ..base import Axis, Cost, Gene, Liv, Operator, Point, Primitive, Site, Stat
 from ..genes import choice, flag, number
 from ..sphere import Scale
 
-ACTIVATIONS = ("relu", "relu2", "gelu", "silu")
+ACTIVATIONS = ("relu", "relu2", "gelu", "gelu-tanh", "silu")
 
 
 def activate(kind: str, x: Tensor) -> Tensor:
-    """relu, relu2 (its square, arXiv 2109.08668), gelu (exact, 1606.08415) or silu, elementwise."""
+    """relu, relu2 (its square, arXiv 2109.08668), gelu (exact, 1606.08415), gelu-tanh (the same
+    paper's approximation by tanh, which GPT-2 and Gemma take) or silu, elementwise."""
     if kind == "relu":
         return F.relu(x)
     if kind == "relu2":
         return F.relu(x).square()
     if kind == "gelu":
         return F.gelu(x)
+    if kind == "gelu-tanh":
+        return F.gelu(x, approximate="tanh")
     if kind == "silu":
         return F.silu(x)
     raise ValueError(f"activation is one of {', '.join(ACTIVATIONS)}, not {kind}")
@@ -124,7 +127,7 @@ ACTIVATION = Axis(
     "silu",
     "the nonlinearity (of the gate, where there is one)",
     options=ACTIVATIONS,
-    search=ACTIVATIONS,
+    search=("relu", "relu2", "gelu", "silu"),
 )
 GATED = Axis(
     "gated",
