@@ -17,6 +17,7 @@ from ..genome.rules import InvalidGenome
 from ..genome.star import StarError
 from ..primitives.base import GeneError
 from ..proxies.task import ProxyError
+from .commands_compare import app as comparing
 from .commands_dashboard import app as web
 from .commands_list import app as listing
 from .commands_look import app as look
@@ -57,7 +58,7 @@ app = typer.Typer(
     "take the winners along.",
     epilog="Begin with: mendel init, then mendel search study.yaml",
 )
-for _part in (compute, result, look, listing, web, setup):
+for _part in (compute, result, look, comparing, listing, web, setup):
     app.add_typer(_part)
 
 

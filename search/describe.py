@@ -1,0 +1,90 @@
+"""A genome and its costs as the commands print them: the keys of JSON, and facts in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..genome.cost import DEFAULT_CONTEXT, ModelCost
+from ..genome.files import to_dict
+from ..genome.genome import Genome
+from ..genome.hash import canonical_hash
+from ..genome.notation import show as notation
+from ..genome.residual import norms_of
+from ..primitives.base import DTYPES, Cost
+from .objectives import CacheSettings
+from .options import DEFAULT_DTYPE
+from .run import RunView
+from .terminal import Mistake
+
+
+@dataclass(frozen=True)
+class Counting:
+    """At what context and in what type costs are counted, and who says so."""
+
+    context: int
+    dtype: str
+    reason: str = ""
+
+
+def check_dtype(name: str | None) -> None:
+    """Raises Mistake for a name that is no dtype."""
+    if name is not None and name not in DTYPES:
+        raise Mistake(f"--dtype is one of {', '.join(DTYPES)}, not {name!r}")
+
+
+def counting(run: RunView | None, context: int | None, dtype: str | None) -> Counting:
+    """As the options say; where there are none, as the objective of the run's study counts."""
+    if run is not None and context is None and dtype is None:
+        for goal in run.goals:
+            if isinstance(goal.settings, CacheSettings):
+                reason = f", as {run.study.name} counts {goal.label}"
+                return Counting(goal.settings.context, goal.settings.dtype, reason)
+    return Counting(context or DEFAULT_CONTEXT, dtype or DEFAULT_DTYPE)
+
+
+def _costs(costs: Cost) -> dict[str, Any]:
+    return {
+        "params": costs.params,
+        "active_params": costs.active_params,
+        "flops_per_token": costs.flops_per_token,
+        "cache_bytes": costs.state_bytes,
+    }
+
+
+def describe(genome: Genome, counted: ModelCost, context: int, dtype: str) -> dict[str, Any]:
+    """What `show --json` prints; its keys are fixed."""
+    written = to_dict(genome)
+    return {
+        "genome": written,
+        "notation": notation(genome),
+        "hash": canonical_hash(genome),
+        **_costs(counted.total),
+        "context": context,
+        "dtype": dtype,
+        "slots": [
+            {"slot": i, **slot, **_costs(part)}
+            for i, (slot, part) in enumerate(zip(written["slots"], counted.slots, strict=True))
+        ],
+    }
+
+
+def stream_text(genome: Genome) -> str:
+    """Norm, placement and residual form, as far as they have an effect and are not the default."""
+    norm, placement = norms_of(genome)
+    words = "no norm" if norm == "none" else f"{norm} ({placement})"
+    if genome.residual == "ngpt":
+        return "residual ngpt"
+    return words if genome.residual == "plain" else f"{words} · residual {genome.residual}"
+
+
+def header_text(genome: Genome) -> str:
+    """Width, slots, position, norm, residual form and tying in one line."""
+    parts = [
+        f"width {genome.width}",
+        f"{len(genome.slots)} slots",
+        f"position {genome.position}",
+        stream_text(genome),
+        "tied" if genome.tied else "untied",
+    ]
+    return " · ".join(parts)
