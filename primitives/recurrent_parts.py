@@ -18,7 +18,7 @@ from .base import Axis, GeneError, Operator, State, state_dtype
 
 TAPS = (0, 2, 3, 4, 5, 6, 7, 8)
 GATES = ("none", "silu", "sigmoid")
-NORMS = ("none", "rmsnorm", "rmsnorm-all", "groupnorm", "gated-rmsnorm")
+NORMS = ("none", "rmsnorm", "rmsnorm-all", "groupnorm", "groupnorm-scale", "gated-rmsnorm")
 EPS = 1e-5
 
 
@@ -142,8 +142,9 @@ class ReadOutNorm(nn.Module):
 
     `rmsnorm`: RMS of each head, one scale per channel of a head, then the gate. `rmsnorm-all`: RMS
     of all heads together, scale per channel of F, then the gate. `groupnorm`: mean and variance of
-    each head, scale and shift per channel of F, then the gate. `gated-rmsnorm`: the gate first,
-    then the RMS of each of `groups` parts of F, scale per channel of F (Mamba-2).
+    each head, scale and shift per channel of F, then the gate. `groupnorm-scale`: without the shift
+    (xLSTM). `gated-rmsnorm`: the gate first, then the RMS of each of `groups` parts of F, scale per
+    channel of F (Mamba-2).
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class ReadOutNorm(nn.Module):
         self.norm, self.gate, self.groups, self.eps = norm, gate, groups, eps
         if norm != "none":
             self.weight = nn.Parameter(torch.ones(value_dim if norm == "rmsnorm" else inner))
+        self.bias: nn.Parameter | None = None
         if norm == "groupnorm":
             self.bias = nn.Parameter(torch.zeros(inner))
 
@@ -162,12 +164,14 @@ class ReadOutNorm(nn.Module):
         width = o.shape[-1]
         if self.norm == "rmsnorm":
             o = F.rms_norm(o, (width,), self.weight.to(o.dtype), self.eps)
-        elif self.norm == "groupnorm":
+        elif self.norm in ("groupnorm", "groupnorm-scale"):
             o = F.layer_norm(o, (width,), None, None, self.eps)
         y = o.flatten(2)
         if self.norm == "rmsnorm-all":
             y = F.rms_norm(y, (y.shape[-1],), self.weight.to(y.dtype), self.eps)
-        if self.norm == "groupnorm":
+        if self.norm == "groupnorm-scale":
+            y = y * self.weight.to(y.dtype)
+        elif self.bias is not None:
             y = torch.addcmul(self.bias.to(y.dtype), y, self.weight.to(y.dtype))
         if z is not None:
             z = at_least_float32(z)

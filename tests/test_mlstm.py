@@ -58,8 +58,6 @@ def mlstm_of_transformers(ours: Mlstm) -> xLSTMLayer:
     q, k, v, o = ours.in_proj.weight.detach().split([32, 32, 64, 64])
     i, f = ours.gates.weight.detach().chunk(2)
     i_bias, f_bias = ours.gates.bias.detach().chunk(2)
-    with torch.no_grad():
-        ours.norm.bias.zero_()  # the released layer has no shift
     theirs.load_state_dict(
         {
             "q.weight": q,

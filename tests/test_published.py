@@ -139,6 +139,7 @@ REFERENCES: dict[str, Any] = {
         num_attention_heads=16,
         num_key_value_heads=1,
     ),
+    "xlstm-7b": lambda: transformers.xLSTMConfig(),
     "nemotron-h-8b": lambda: transformers.NemotronHConfig(
         vocab_size=131072,
         hidden_size=4096,
@@ -243,6 +244,7 @@ def test_the_share_of_attention() -> None:
     assert shares["nemotron-h-8b"] == (4, 28)
     assert shares["falcon-h1-0.5b"] == (36, 72)
     assert shares["recurrentgemma-2b"] == (8, 26)
+    assert shares["xlstm-7b"] == (0, 32)
     assert shares["kimi-linear-48b-a3b"] == (7, 27)
 
 

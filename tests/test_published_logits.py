@@ -138,3 +138,46 @@ def test_recurrentgemma() -> None:
         ends,
     )
     check(ours, theirs(tokens()).logits, cap=30.0)
+
+
+def test_xlstm() -> None:
+    theirs = transformers.xLSTMForCausalLM(
+        transformers.xLSTMConfig(
+            vocab_size=VOCAB,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_heads=4,
+            autocast_kernel_dtype="float32",
+            chunk_size=16,
+            eps=1e-12,  # the papers have none
+        )
+    )
+    w = scatter(theirs)
+    operators, norms = [], []
+    for i in range(2):
+        layer = of(w, f"backbone.blocks.{i}")
+        mixer, mlp = of(layer, "mlstm_layer"), of(layer, "ffn")
+        operators.append(
+            joined(mixer, "in_proj", "q", "k", "v", "ogate_preact")
+            | joined(mixer, "gates", "igate_preact", "fgate_preact")
+            | joined(mixer, "norm", "multihead_norm")
+            | joined(mixer, "out_proj", "out_proj")
+        )
+        operators.append(
+            joined(mlp, "entry", "proj_up_gate", "proj_up") | joined(mlp, "exit", "proj_down")
+        )
+        norms += [layer[f"norm_{part}.weight"] for part in ("mlstm", "ffn")]
+    ends = {
+        "embedding.weight": w["backbone.embeddings.weight"],
+        "final_norm.weight": w["backbone.out_norm.weight"],
+        "head.weight": w["lm_head.weight"],
+    }
+    # 64 * 2.667 channels, rounded up to a multiple of 64.
+    ours = load(
+        f"{{width=64, position=none, tied=false, vocab={VOCAB}}}"
+        " [mlstm(heads=4) > swiglu(expansion=3)]*2",
+        operators,
+        norms,
+        ends,
+    )
+    check(ours, theirs(tokens(), use_cache=False).logits, cap=30.0)
