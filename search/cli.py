@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ..genome.files import GenomeFileError
+from ..genome.imported import ConfigurationError
 from ..genome.notation import NotationError
 from ..genome.presets import PresetError
 from ..genome.rules import InvalidGenome
@@ -19,6 +20,7 @@ from ..primitives.base import GeneError
 from ..proxies.task import ProxyError
 from .commands_compare import app as comparing
 from .commands_dashboard import app as web
+from .commands_import import app as importing
 from .commands_list import app as listing
 from .commands_look import app as look
 from .commands_result import app as result
@@ -39,6 +41,7 @@ MISTAKES = (
     GeneError,
     NotationError,
     GenomeFileError,
+    ConfigurationError,
     InvalidGenome,
     PresetError,
     ProxyError,
@@ -58,7 +61,7 @@ app = typer.Typer(
     "take the winners along.",
     epilog="Begin with: mendel init, then mendel search study.yaml",
 )
-for _part in (compute, result, look, comparing, listing, web, setup):
+for _part in (compute, result, look, comparing, listing, importing, web, setup):
     app.add_typer(_part)
 
 

@@ -11,8 +11,8 @@ from rich.text import Text
 from ..genome import published
 from ..genome.cost import cost
 from ..genome.notation import show as notation
-from ..primitives.base import DTYPES, Cost
-from .describe import check_dtype, counting, describe, header_text
+from ..primitives.base import DTYPES
+from .describe import check_dtype, counting, describe, exact_text, header_text
 from .draw import drawing
 from .front import shown_value
 from .options import WHAT, AsJson, Context, Depth, Dtype, Width, examples
@@ -63,7 +63,7 @@ def show(
     if found.trial is not None:
         screen.print(Text(plain(_trial_line(found))))
     if what in published.names():
-        screen.print(Text(plain(_exact_line(counted.total))))
+        screen.print(Text(plain(exact_text(counted.total))))
     screen.print()
     for line in drawing(content, screen.width, unicode_works()):
         screen.print(line, soft_wrap=True)
@@ -77,16 +77,6 @@ def show(
             style="dim",
         )
     )
-
-
-def _exact_line(total: Cost) -> str:
-    """What is compared with a published model's own figures, to the last digit."""
-    words = [
-        f"{total.params:,} parameters",
-        f"{total.active_params:,} active",
-        f"cache {total.state_bytes:,} bytes",
-    ]
-    return " · ".join(words)
 
 
 def _trial_line(source: Source) -> str:

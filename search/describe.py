@@ -88,3 +88,13 @@ def header_text(genome: Genome) -> str:
         "tied" if genome.tied else "untied",
     ]
     return " · ".join(parts)
+
+
+def exact_text(total: Cost) -> str:
+    """What is compared with a published model's own figures, to the last digit."""
+    words = [
+        f"{total.params:,} parameters",
+        f"{total.active_params:,} active",
+        f"cache {total.state_bytes:,} bytes",
+    ]
+    return " · ".join(words)

@@ -1,0 +1,184 @@
+"""Configurations of transformers as genomes: their classes' defaults and parameters, the published
+models, what is refused and what is said to differ."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from command_line import Call, caller, loads
+from model_configs import CONFIGS, GENOMES
+
+from mendel.genome import files, imported
+from mendel.genome.cost import cost
+from mendel.genome.hash import canonical_hash
+from mendel.genome.imported import FAMILIES, ConfigurationError
+
+AUTO: Any = transformers.AutoModelForCausalLM
+
+SIZES: dict[str, dict[str, Any]] = {
+    # The class has no default for the one, and a width of experts that no genome has for the other.
+    "deepseek_v2": {"num_experts_per_tok": 6, "moe_intermediate_size": 1408},
+}
+"""What a class needs to be a model."""
+
+DERIVED = {"rope_theta", "partial_rotary_factor"}
+"""Defaults that the classes keep inside `rope_parameters`."""
+
+
+def _class(family: str) -> Any:
+    return getattr(transformers, FAMILIES[family].reference)
+
+
+def _values(config: Any, whole: bool) -> Any:
+    """The file of a configuration, with or without what is the class' default."""
+    return json.loads(config.to_json_string(use_diff=not whole))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_defaults_are_those_of_the_class(family: str) -> None:
+    theirs = _class(family)(**SIZES.get(family, {}))
+    assert theirs.model_type == family
+    others = {new: old for old, new in FAMILIES[family].aliases.items()}
+    for name, value in FAMILIES[family].defaults.items():
+        found = theirs.rope_parameters if name in DERIVED else theirs.to_dict()
+        known = found[name] if name in found else found[others[name]]
+        if value != "auto" and name not in SIZES.get(family, {}):
+            assert known == value, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "without defaults"])
+def test_parameters_are_those_of_the_class_at_its_default_size(family: str, whole: bool) -> None:
+    config = _class(family)(**SIZES.get(family, {}))
+    found = imported.read(_values(config, whole))
+    assert found.family == family
+    assert found.unread == ()
+    if whole:
+        with torch.device("meta"):
+            theirs = AUTO.from_config(config)
+        assert cost(found.genome).total.params == sum(p.numel() for p in theirs.parameters())
+    else:
+        again = imported.read(_values(config, True)).genome
+        assert canonical_hash(found.genome) == canonical_hash(again)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_published_models_are_their_genomes(name: str) -> None:
+    assert canonical_hash(imported.read(CONFIGS[name]).genome) == canonical_hash(GENOMES[name])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nonsense_is_refused_in_a_sentence_or_has_no_effect(family: str) -> None:
+    small = {} if family == "nemotron_h" else {"num_hidden_layers": 4}
+    values = _values(_class(family)(**SIZES.get(family, {}), **small), True)
+    aliases, defaults = FAMILIES[family].aliases, FAMILIES[family].defaults
+    names = sorted({*values, *aliases, *defaults, "rope_scaling"} - {"model_type"})
+    for name in names:
+        for nonsense in ("x", -1, 0, 1.5, True, None, [], [None], {"x": "y"}, 10**9):
+            # Any other error fails the test.
+            with suppress(ConfigurationError):
+                imported.read({**values, name: nonsense})
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model_type": "lama"}, "model_type 'lama' is not read; did you mean llama"),
+        ({"model_type": None}, "model_type is null; it is one of llama"),
+        ({"hidden_size": "4096"}, "hidden_size is a whole number of at least 1, not '4096'"),
+        (
+            {"num_key_value_heads": 5},
+            "num_key_value_heads=5 does not divide num_attention_heads=32",
+        ),
+        ({"intermediate_size": 11009}, "gives an inner width of 11009: a genome's are multiples"),
+        ({"hidden_act": "mish"}, "hidden_act is one of silu"),
+        ({"model_type": "mamba", "use_conv_bias": False}, "use_conv_bias is false: a genome's"),
+        ({"model_type": "lfm2", "conv_bias": True}, "conv_bias is true: no axis"),
+        ({"num_hidden_layers": 600}, "num_hidden_layers=600: a genome has at most 512 slots"),
+    ],
+)
+def test_what_no_genome_has_is_refused_by_its_field(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        imported.read({**CONFIGS["llama-2-7b"], **changes})
+    assert sentence in str(caught.value)
+
+
+def test_what_differs_is_said() -> None:
+    found = imported.read({**CONFIGS["deepseek-v3"], "new_trick": 3})
+    assert found.differs == (
+        "the module that predicts a second token",
+        "the choice among groups of experts",
+        "a scaling of RoPE (yarn)",
+    )
+    assert found.unread == ("new_trick",)
+    assert imported.read(CONFIGS["llama-2-7b"]).differs == (
+        "the norms' epsilon (rms_norm_eps=1e-05; a genome's is 1e-06)",
+    )
+
+
+def test_a_scaling_of_rope_that_the_genome_has_is_no_difference() -> None:
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    for scaling, text in ((yarn, "yarn"), ({"rope_type": "linear", "factor": 4.0}, "linear")):
+        found = imported.read({**CONFIGS["llama-2-7b"], "rope_scaling": scaling})
+        assert len(found.differs) == 1
+        assert ("rope_scaling", text) in found.genome.slots[0].branches[0].genes
+
+
+@pytest.fixture
+def call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Call:
+    return caller(tmp_path, monkeypatch, capsys)
+
+
+def test_the_command_reads_a_folder_and_writes_a_genome(tmp_path: Path, call: Call) -> None:
+    model, out = tmp_path / "model", tmp_path / "genome.yaml"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(CONFIGS["llama-3.1-8b"]), encoding="utf-8")
+    code, shown, _ = call("import", "model", "--out", "genome.yaml", "--context", "262144")
+    assert code == 0
+    assert "8,030,261,248 parameters" in shown
+    assert f"cache {262144 * 131072:,} bytes" in shown
+    assert "a scaling of RoPE (llama3)" in shown
+    assert files.load(out) == imported.read(CONFIGS["llama-3.1-8b"]).genome
+    assert "# Not in the genome: a scaling of RoPE (llama3)." in out.read_text(encoding="utf-8")
+    printed = loads(call("import", "model/config.json", "--json"))
+    assert printed["family"] == "llama"
+    assert printed["params"] == 8_030_261_248
+    assert files.from_dict(printed["genome"]) == files.load(out)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "config.json: cannot be read: No such file or directory"),
+        ("{", "config.json: line 1, column 2: not JSON"),
+        ("[]", "config.json: a configuration is a mapping, not a list"),
+        ('{"model_type": "bert"}', "config.json: model_type 'bert' is not read"),
+    ],
+)
+def test_a_bad_file_is_one_line(
+    text: str | None, sentence: str, tmp_path: Path, call: Call
+) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    code, out, err = call("import", ".", "--out", "genome.yaml")
+    assert code == 2
+    assert sentence in err
+    assert (out, err.count("\n")) == ("", 1)
+    assert not (tmp_path / "genome.yaml").exists()
+
+
+def test_nothing_is_overwritten(tmp_path: Path, call: Call) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama-2-7b"]), encoding="utf-8")
+    (tmp_path / "genome.yaml").write_text("mine", encoding="utf-8")
+    code, _, err = call("import", ".", "--out", "genome.yaml")
+    assert code == 2
+    assert "exists already" in err
+    assert (tmp_path / "genome.yaml").read_text(encoding="utf-8") == "mine"
