@@ -68,6 +68,8 @@ class Genome:
     tied: bool = True
     vocab: int = BYTE_VOCAB
     """The alphabet that costs are counted with; a proxy with its own alphabet replaces it."""
+    embedding_norm: bool = False
+    """A norm of the header's kind stands between the embedding and the first slot."""
 
     def ops(self) -> Iterator[tuple[int, int, Op]]:
         """(slot, branch, operator) in order."""

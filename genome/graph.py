@@ -8,7 +8,7 @@ import networkx as nx
 
 from ..primitives.position import ADDED
 from .genome import Genome
-from .residual import final_norm, join_of, norms_of
+from .residual import entry_norm, final_norm, join_of, norms_of
 from .resolve import configs, groups, primitive_of
 
 NodeKind = Literal["embedding", "norm", "operator", "join", "add", "head"]
@@ -20,9 +20,9 @@ def graph(genome: Genome) -> nx.DiGraph[str]:
 
     Nodes have a `kind` of NodeKind and, but for embedding and head, a `slot` from 0 (the norm
     before the head, and the sum of a reversible backbone's two streams, stand in slot
-    `len(genome.slots)`). The embedding says which position encoding is `added` to it: what the
-    operators' configs do not hold. An operator
-    `slot3.1` has its `config`, its `op` and its `primitive` (the row's name); a join its `join`.
+    `len(genome.slots)`, a norm after the embedding in slot 0). The embedding says which position
+    encoding is `added` to it: what the operators' configs do not hold. An operator `slot3.1` has
+    its `config`, its `op` and its `primitive` (the row's name); a join its `join`.
     Edges have a `kind`: `data` follows the residual stream; `weights` goes from the first operator
     of a group to each other one, `features` from the lender to each borrower.
     """
@@ -40,7 +40,10 @@ def graph(genome: Genome) -> nx.DiGraph[str]:
     within = sphere or placement == "sandwich"
     after = sphere or placement == "post"
     # A reversible backbone has two streams, which its slots change in turn.
-    streams = ["embedding"] * (2 if genome.residual == "reversible" else 1)
+    start = "embedding"
+    if entry_norm(genome) != "none":
+        start = _after(made, start, "embedding.norm", "norm", 0)
+    streams = [start] * (2 if genome.residual == "reversible" else 1)
     for i, (slot, row) in enumerate(zip(genome.slots, configs(genome), strict=True)):
         name = f"slot{i}"
         own, read = i % len(streams), (i + 1) % len(streams)

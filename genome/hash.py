@@ -13,7 +13,7 @@ import networkx as nx
 from ..primitives.base import Config
 from .genome import Genome
 from .graph import graph
-from .residual import norms_of
+from .residual import entry_norm, norms_of
 
 VERSION = 1
 """Changes where the same genome gets another hash."""
@@ -38,6 +38,8 @@ def canonical_form(genome: Genome) -> tuple[Any, ...]:
     norms: tuple[str, ...] = norms_of(genome)
     if genome.residual != "plain":
         norms = (*norms, genome.residual)
+    if entry_norm(genome) != "none":
+        norms = (*norms, "embedding")
     joins: dict[int, str] = {}
     sharing = _Sharing(made)
     for node, data in made.nodes(data=True):

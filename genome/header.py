@@ -28,6 +28,12 @@ HEADER: tuple[Axis, ...] = (
     Axis("norm", "rmsnorm", "kind of every norm of the backbone", options=NORMS),
     Axis("placement", "pre", "where the norms of a slot stand", options=PLACEMENTS),
     Axis("residual", "plain", "how a slot's output joins the stream", options=RESIDUALS),
+    Axis(
+        "embedding_norm",
+        False,
+        "a norm after the embedding too, as in BLOOM (arXiv 2211.05100) and RWKV",
+        options=(False, True),
+    ),
     Axis("tied", True, "the head uses the embedding's weights", options=(False, True)),
     Axis("vocab", BYTE_VOCAB, "size of the alphabet", low=2, high=1 << 24),
 )

@@ -1,5 +1,8 @@
 """How a slot reads the residual stream and how its output joins it: norms, scalings, nGPT.
 
+`embedding_norm` (BLOOM, arXiv 2211.05100, 3.1; RWKV, 2305.13048) puts one more norm after the
+embedding; without norms, and in nGPT, it has no effect.
+
 `norm` and `placement` with x the stream and f the slot's operators: pre (2002.04745) x +
 f(norm(x)), post (1706.03762) norm(x + f(x)), sandwich (2105.13290) x + norm(f(norm(x))). With
 `norm=none` the placement has no effect.
@@ -85,9 +88,15 @@ def head_params(genome: Genome, vocab: int) -> int:
     return norm_params(final_norm(genome), genome.width) + scale
 
 
+def entry_norm(genome: Genome) -> str:
+    """The norm after the embedding."""
+    return norms_of(genome)[0] if genome.embedding_norm else "none"
+
+
 def embedding_params(genome: Genome) -> int:
     """The parameters of the embedding beside its tables."""
-    return 1 if norms_of(genome)[0] == "dyt" else 0
+    scale = 1 if norms_of(genome)[0] == "dyt" else 0
+    return scale + norm_params(entry_norm(genome), genome.width)
 
 
 class Entry(nn.Module):
@@ -95,25 +104,27 @@ class Entry(nn.Module):
 
     A norm makes their size irrelevant. Without one they are multiplied by sqrt(D), as in
     1706.03762; DyT has a learned scalar that begins there (2503.10622). nGPT's vectors have length
-    1 already, if no positions were added.
+    1 already, if no positions were added. The norm of `embedding_norm` comes last.
     """
 
     def __init__(self, genome: Genome) -> None:
         super().__init__()
         sphere = genome.residual == "ngpt"
         self.position = sphere and genome.position in ADDED
-        bare = norms_of(genome)[0] in ("dyt", "none") and not sphere
+        norm = norms_of(genome)[0]
+        bare = norm in ("dyt", "none") and not sphere
         self.factor = genome.width**0.5 if bare else None
-        self.scale = (
-            nn.Parameter(torch.ones(1) * genome.width**0.5) if embedding_params(genome) else None
-        )
+        self.scale = nn.Parameter(torch.ones(1) * genome.width**0.5) if norm == "dyt" else None
+        self.norm = make_norm(entry_norm(genome), genome.width, dyt_alpha(genome.width, False))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.position:
             return unit(x)
         if self.scale is not None:
-            return x * self.scale
-        return x if self.factor is None else x * self.factor
+            x = x * self.scale
+        elif self.factor is not None:
+            x = x * self.factor
+        return self.norm(x)  # type: ignore[no-any-return]
 
 
 class SlotBlock(nn.Module):

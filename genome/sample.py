@@ -66,11 +66,12 @@ def sample(space: Space, choose: Choose) -> Genome:
     norm = choose("norm", space.norm)
     placement = choose("placement", space.placement)
     residual = choose("residual", space.residual)
+    embedding_norm = choose("embedding_norm", space.embedding_norm)
     tied = choose("tied", space.tied)
     vocab = choose("vocab", space.vocab)
     depth = choose("depth", range(space.depth[0], space.depth[1] + 1))
     slots = tuple(sample_slot(space, slot, choose) for slot in space.slots_at(depth))
-    genome = Genome(width, slots, position, norm, placement, residual, tied, vocab)
+    genome = Genome(width, slots, position, norm, placement, residual, tied, vocab, embedding_norm)
     if space.sharing.weights or space.sharing.features:
         genome = _share(genome, space, choose)
     return genome

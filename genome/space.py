@@ -239,6 +239,7 @@ class Space(_Part):
     norm: Annotated[tuple[str, ...], _choices(_AXES["norm"])] = ("rmsnorm",)
     placement: Annotated[tuple[str, ...], _choices(_AXES["placement"])] = ("pre",)
     residual: Annotated[tuple[str, ...], _choices(_AXES["residual"])] = ("plain",)
+    embedding_norm: Annotated[tuple[bool, ...], _choices(_AXES["embedding_norm"])] = (False,)
     tied: Annotated[tuple[bool, ...], _choices(_AXES["tied"])] = (True,)
     vocab: Annotated[tuple[int, ...], _choices(_AXES["vocab"])] = (256,)
     join: Annotated[tuple[str, ...], _choices(_AXES["join"])] = ("mean",)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from rich.text import Text
 
-from ..genome.residual import final_norm
+from ..genome.residual import entry_norm, final_norm
 from ..primitives.base import Cost
 from .outline import Block, Box, Link, Outline, Row
 from .terminal import ascii_text
@@ -93,7 +93,9 @@ def drawing(content: Outline, width: int = 80, unicode: bool = True) -> list[Tex
     canvas = Canvas(layout.width)
     _column_heads(canvas, layout)
     genome = content.genome
-    _end_box(canvas, layout, f"embedding {genome.vocab} × {genome.width}", True)
+    first = entry_norm(genome)
+    after = "" if first == "none" else f" · {first}"
+    _end_box(canvas, layout, f"embedding {genome.vocab} × {genome.width}{after}", True)
     _costs(canvas, layout, len(canvas.rows) - 2, content.cost.embedding)
     middles: dict[tuple[int, int], int] = {}
     edges: dict[int, int] = {}

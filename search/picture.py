@@ -10,7 +10,7 @@ import textwrap
 from dataclasses import dataclass, field
 from html import escape
 
-from ..genome.residual import final_norm
+from ..genome.residual import entry_norm, final_norm
 from .outline import Block, Box, Link, Outline, Row
 from .units import bytes_text, count_text
 
@@ -74,7 +74,9 @@ def picture(content: Outline, title: str) -> str:
     for offset, label in ((58, "params"), (134, "cache"), (226, "FLOPs/token")):
         sheet.text(numbers + offset, 13, label, "head", "end")
     sheet.y = 22
-    _end(sheet, f"embedding {genome.vocab} × {genome.width}")
+    first = entry_norm(genome)
+    after = "" if first == "none" else f" · {first}"
+    _end(sheet, f"embedding {genome.vocab} × {genome.width}{after}")
     _numbers(sheet, numbers, sheet.y - 11, content.cost.embedding.params, 0, 0.0)
     places: dict[tuple[int, int], tuple[float, float]] = {}
     for block in content.blocks:

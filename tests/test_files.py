@@ -32,6 +32,7 @@ def test_the_form() -> None:
         "norm": "rmsnorm",
         "placement": "pre",
         "residual": "plain",
+        "embedding_norm": False,
         "tied": False,
         "vocab": 256,
         "slots": [
@@ -85,7 +86,7 @@ def test_absent_header_genes_take_their_defaults() -> None:
             {"grammar": 1, "slots": [], "widht": 4},
             (
                 "widht is unknown; allowed are grammar, width, position, norm, placement, "
-                "residual, tied, vocab, slots; did you mean width?"
+                "residual, embedding_norm, tied, vocab, slots; did you mean width?"
             ),
         ),
         ({"grammar": 1, "slots": [], 5: 4}, "the genome has the key 5, which is no text"),

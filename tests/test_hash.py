@@ -28,6 +28,7 @@ TINY = Space.model_validate(
         "norm": ["rmsnorm", "none"],
         "placement": ["pre", "post"],
         "residual": ["plain", "reversible", "ngpt"],
+        "embedding_norm": [False, True],
         "join": ["mean", "norm"],
         "operators": {"mha": {"window": [32, 64]}, "mqa": {}, "mingru": {}, "swiglu": {}},
         "pattern": "free",
@@ -52,6 +53,8 @@ TINY = Space.model_validate(
         ("{norm=none} [mha | mqa]", "{norm=none} [mha | mqa](join=norm)"),
         ("{residual=ngpt} mha", "{residual=ngpt, norm=layernorm, placement=post} mha"),
         ("{residual=ngpt} mha(qk_norm=true)", "{residual=ngpt} mha"),
+        ("{residual=ngpt} mha", "{residual=ngpt, embedding_norm=true} mha"),
+        ("{norm=none} mha", "{norm=none, embedding_norm=true} mha"),
         (
             "[mha | mamba2] > mha(weights=@a) > mha(weights=@a)",
             "[mamba2 | mha] > mha(weights=@b) > mha(weights=@b)",
@@ -79,6 +82,7 @@ def test_what_changes_nothing(one: str, other: str) -> None:
         ("mha", "{norm=layernorm} mha"),
         ("mha", "{placement=post} mha"),
         ("mha", "{norm=none} mha"),
+        ("mha", "{embedding_norm=true} mha"),
         ("mha", "{residual=rezero} mha"),
         ("{residual=layerscale} mha", "{residual=rezero} mha"),
         ("{norm=none} mha", "{residual=ngpt} mha"),
@@ -180,6 +184,7 @@ def explicit(genome: Genome) -> Any:
         genome.residual,
         genome.norm if normed else "",
         genome.placement if normed else "",
+        normed and genome.embedding_norm,
         genome.tied,
         genome.vocab,
         genome.position if genome.position in ("learned", "sinusoidal") else "",
@@ -251,5 +256,7 @@ def test_the_graph() -> None:
 
 @pytest.mark.parametrize(("placement", "norms"), [("pre", 3), ("post", 2), ("sandwich", 5)])
 def test_the_graph_has_the_norms_of_the_placement(placement: str, norms: int) -> None:
-    made = graph(parse(f"{{placement={placement}}} mha > swiglu"))
-    assert [kind for _, kind in made.nodes(data="kind")].count("norm") == norms
+    for more in (0, 1):
+        header = f"{{placement={placement}, embedding_norm={str(more == 1).lower()}}}"
+        made = graph(parse(f"{header} mha > swiglu"))
+        assert [kind for _, kind in made.nodes(data="kind")].count("norm") == norms + more

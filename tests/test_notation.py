@@ -75,9 +75,10 @@ def test_the_width_comes_from_the_header_or_the_caller() -> None:
 
 
 def test_every_header_gene_is_written_where_it_is_not_the_default() -> None:
-    genome = Genome(32, (A,), "alibi", "layernorm", "sandwich", "plain", False, 50)
+    genome = Genome(32, (A,), "alibi", "layernorm", "sandwich", "plain", False, 50, True)
     text = (
-        "{width=32, position=alibi, norm=layernorm, placement=sandwich, tied=false, vocab=50} mha"
+        "{width=32, position=alibi, norm=layernorm, placement=sandwich, embedding_norm=true,"
+        " tied=false, vocab=50} mha"
     )
     assert show(genome) == text
     assert parse(text) == genome
@@ -106,7 +107,7 @@ def test_many_slots() -> None:
     assert parse(show(genome)) == genome
 
 
-HEADER_GENES = "width, position, norm, placement, residual, tied, vocab"
+HEADER_GENES = "width, position, norm, placement, residual, embedding_norm, tied, vocab"
 ALL_NAMES = ", ".join(names())
 MHA_AXES = ", ".join(axis.name for axis in find("mha")[0].axes)
 MHA_PATTERNS = find("mha")[0].axis("pattern").allowed()

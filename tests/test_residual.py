@@ -67,10 +67,14 @@ def normed(kind: str, module: torch.nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("residual", ["plain", "layerscale", "rezero"])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_the_model_is_the_papers_formula(residual: str, norm: str, placement: str) -> None:
+@pytest.mark.parametrize("embedding", [False, True])
+def test_the_model_is_the_papers_formula(
+    residual: str, norm: str, placement: str, embedding: bool
+) -> None:
     """Slot by slot with the operators as they are (their own tests judge them), in float64."""
     model = made(
-        f"{{width=32, residual={residual}, norm={norm}, placement={placement}}} mha > swiglu"
+        f"{{width=32, residual={residual}, norm={norm}, placement={placement},"
+        f" embedding_norm={str(embedding).lower()}}} mha > swiglu"
     )
     tokens = torch.randint(40, (2, 11), generator=torch.Generator().manual_seed(1))
     x = model.embedding.weight[tokens]
@@ -78,6 +82,8 @@ def test_the_model_is_the_papers_formula(residual: str, norm: str, placement: st
         x = x * model.entry.scale
     if norm == "none":
         x = x * 32**0.5
+    if embedding:
+        x = normed(norm, model.entry.norm, x)
     for operator, block in zip(model.operators, model.blocks, strict=True):
         scale = 1.0 if residual == "plain" else block.scale
         if norm == "none" or placement == "pre":
@@ -97,7 +103,8 @@ def test_the_model_is_the_papers_formula(residual: str, norm: str, placement: st
 def test_both_forms_agree_and_parameters_are_counted(
     residual: str, norm: str, placement: str
 ) -> None:
-    found = replace(genome(residual, norm, placement), position="learned", tied=False)
+    found = genome(residual, norm, placement)
+    found = replace(found, position="learned", tied=False, embedding_norm=placement != "post")
     model = build(found, 50)
     assert cost(found, 10, vocab=50).total.params == sum(p.numel() for p in model.parameters())
     assert difference(found, 3) <= TOLERANCE

@@ -256,8 +256,8 @@ OPERATORS = {"operators": {"mha": {}, "swiglu": {}}}
             OPERATORS | {"widht": 64},
             (
                 "space.widht: there is no such key; allowed are width, depth, position, norm, "
-                "placement, residual, tied, vocab, join, operators, pattern, slots, parallel, "
-                "sharing, constraints; did you mean width?"
+                "placement, residual, embedding_norm, tied, vocab, join, operators, pattern, "
+                "slots, parallel, sharing, constraints; did you mean width?"
             ),
         ),
         (OPERATORS | {"width": 0}, "space.width: width is a whole number from 1 to 65536, not 0"),

@@ -87,7 +87,7 @@ def slots_of(genome: Genome) -> list[str]:
 def differences(before: Genome, after: Genome) -> list[tuple[str, str]]:
     """What makes one genome the other: (`-`, `+` or `~`, a sentence's part), in order."""
     found: list[tuple[str, str]] = []
-    for name in ("width", "position", "norm", "placement", "residual", "tied"):
+    for name in ("width", "position", "norm", "placement", "residual", "embedding_norm", "tied"):
         old, new = getattr(before, name), getattr(after, name)
         if old != new:
             found.append(("~", f"{name}: {old} becomes {new}"))

@@ -216,7 +216,7 @@ def _genomes(designs: Sequence[Design]) -> list[Child]:
     columns = [slots_of(d.genome) for d in designs]
     rows: list[list[str]] = []
     roles = []
-    for name in ("width", "position", "norm", "placement", "residual", "tied"):
+    for name in ("width", "position", "norm", "placement", "residual", "embedding_norm", "tied"):
         values = [str(getattr(d.genome, name)) for d in designs]
         rows.append([name, *values, "same" if len(set(values)) == 1 else "differs"])
         roles.append("" if len(set(values)) == 1 else "differs")
