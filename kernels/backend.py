@@ -36,6 +36,7 @@ TRITON_FORMS: dict[str, tuple[str | None, ...]] = {
     "diagonal_scan": (None,),
     "short_conv": (None,),
     "rms_norm": (None,),
+    "linear_cross_entropy": (None,),
 }
 """The operators and their forms that have Triton kernels, in `triton_<operator>.py`."""
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .autotune import tuned
 from .chunks import Cut
 from .triton_common import (
     DOT,
@@ -108,10 +109,14 @@ class _Walk(torch.autograd.Function):
             (batch, heads, key_width, value_width), dtype=torch.float32, device=q.device
         )
         _walk(
-            _delta_states, (batch, heads, key_width, value_width), size, prefix, state,
+            "delta_rule.states", _delta_states, (batch, heads, key_width, value_width), size,
+            prefix, state, tokens,
             k, erase, values, prefix, state, before, writes, last, tokens, chunks, heads,
         )  # fmt: skip
-        launch_chunks(_outputs, q, writes, size, q, k, writes, prefix, before, o, scale)
+        launch_chunks(
+            "matrix_state.outputs", _outputs, q, writes, size,
+            q, k, writes, prefix, before, o, scale,
+        )  # fmt: skip
         ctx.save_for_backward(q, k, writes, erase, prefix, before)
         ctx.scale, ctx.size, ctx.started = scale, size, state is not None
         return o, last
@@ -127,7 +132,8 @@ class _Walk(torch.autograd.Function):
         dafter = torch.empty(before.shape, dtype=q.dtype, device=q.device)
         dstate = torch.empty(dlast.shape, dtype=torch.float32, device=q.device)
         _walk(
-            _delta_gradients, (batch, heads, key_width, value_width), ctx.size, prefix, dlast,
+            "delta_rule.gradients", _delta_gradients, (batch, heads, key_width, value_width),
+            ctx.size, prefix, dlast, tokens,
             q, k, erase, do, prefix, dlast, dafter, dstate, ctx.scale, tokens, chunks, heads,
         )  # fmt: skip
         dq, dk, dwrites = (
@@ -139,7 +145,7 @@ class _Walk(torch.autograd.Function):
             device=q.device,
         )
         launch_chunks(
-            _gradients, q, writes, ctx.size,
+            "matrix_state.gradients", _gradients, q, writes, ctx.size,
             q, k, writes, prefix, before, do, dafter, dq, dk, dwrites, dtotal, ctx.scale,
         )  # fmt: skip
         dvalues = Cut(tokens, chunks, ctx.size)(dwrites)
@@ -156,22 +162,31 @@ class _Walk(torch.autograd.Function):
 
 
 def _walk(
+    name: str,
     kernel: Any,
     shape: tuple[int, int, int, int],
     size: int,
     prefix: Tensor | None,
     start: Tensor | None,
+    tokens: int,
     *arguments: Any,
 ) -> None:
     """One program per head and tile of values: W S needs all of the state's rows at once."""
     batch, heads, key_width, value_width = shape
-    tile_v = min(32, tile(value_width))
     first = arguments[0]
-    with on_device_of(first):
-        kernel[(batch * heads, triton.cdiv(value_width, tile_v))](
+    flags = {"DECAY": prefix is not None, "START": start is not None}
+
+    def run(config: dict[str, int]) -> None:
+        kernel[(batch * heads, triton.cdiv(value_width, config["TILE_V"]))](
             *arguments, batch_stride(prefix), half_stride(prefix),
-            K=key_width, V=value_width, C=size, FULL_K=full_tile(key_width), TILE_V=tile_v,
-            DECAY=prefix is not None, START=start is not None, num_warps=4, num_stages=1,
+            K=key_width, V=value_width, C=size, FULL_K=full_tile(key_width), **flags, **config,
+        )  # fmt: skip
+
+    with on_device_of(first):
+        tuned(
+            name, kernel, first, run,
+            limits=(full_tile(value_width),), sizes=(batch * heads, tokens),
+            exact=(key_width, value_width, size, *flags.values()),
         )  # fmt: skip
 
 

@@ -14,14 +14,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .autotune import tuned
 from .triton_common import (
     DOT,
     batch_stride,
     decay_between,
+    full_tile,
     half_stride,
     on_device_of,
     split_prefix,
-    tile,
 )
 from .triton_low_rank import precision, unit_inverse
 from .triton_vector_decay import rows
@@ -43,7 +44,7 @@ class DeltaSolve(torch.autograd.Function):
         inverse = torch.empty((*cut, size), dtype=torch.float32, device=k.device)
         values = torch.empty((*cut, v.shape[-1]), dtype=k.dtype, device=k.device)
         erase = torch.empty((*cut, key_width), dtype=k.dtype, device=k.device)
-        _launch(_solve, k, v, size, k, v, beta, prefix, inverse, values, erase)
+        _launch("delta_solve.solve", _solve, k, v, size, k, v, beta, prefix, inverse, values, erase)
         ctx.save_for_backward(k, v, beta, prefix, inverse, values, erase)
         ctx.size = size
         return values, erase
@@ -57,23 +58,30 @@ class DeltaSolve(torch.autograd.Function):
         shape = (0 if prefix is None else batch, heads, chunks * ctx.size)
         dtotal = torch.empty(shape, dtype=torch.float32, device=k.device)
         _launch(
-            _solve_gradients, k, v, ctx.size,
+            "delta_solve.gradients", _solve_gradients, k, v, ctx.size,
             k, v, beta, prefix, inverse, values, erase,
             dvalues.contiguous(), derase.contiguous(), dk, dv, dbeta, dtotal,
         )  # fmt: skip
         return dk, dv, dbeta, None if prefix is None else dtotal.double(), None
 
 
-def _launch(kernel: Any, k: Tensor, v: Tensor, size: int, *arguments: Any) -> None:
+def _launch(name: str, kernel: Any, k: Tensor, v: Tensor, size: int, *arguments: Any) -> None:
     """One program per head and chunk."""
     batch, tokens, heads, key_width = k.shape
-    chunks, prefix = -(-tokens // size), arguments[3]
-    with on_device_of(k):
+    chunks, value_width, prefix = -(-tokens // size), v.shape[-1], arguments[3]
+
+    def run(config: dict[str, int]) -> None:
         kernel[(batch * heads, chunks)](
             *arguments, tokens, chunks, heads, batch_stride(prefix), half_stride(prefix),
-            K=key_width, V=v.shape[-1], C=size, LEVELS=size.bit_length() - 1,
-            TILE_K=tile(key_width), TILE_V=tile(v.shape[-1]), DECAY=prefix is not None,
-            PRECISION=precision(k), num_warps=4, num_stages=1,
+            K=key_width, V=value_width, C=size, LEVELS=size.bit_length() - 1,
+            DECAY=prefix is not None, PRECISION=precision(k), **config,
+        )  # fmt: skip
+
+    with on_device_of(k):
+        tuned(
+            name, kernel, k, run,
+            limits=(full_tile(key_width), full_tile(value_width)), sizes=(batch * heads, tokens),
+            exact=(key_width, value_width, size, prefix is not None),
         )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ Every element is read and written once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, no_type_check
 
 import torch
@@ -15,11 +16,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .triton_common import check_device, common_dtype, on_device_of
+from .autotune import tuned
+from .triton_common import check_device, common_dtype, full_tile, on_device_of
 
 OP = "diagonal_scan"
-TILE_T = 32
-TILE_D = 32
 
 
 def diagonal_scan(log_a: Tensor, b: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -42,11 +42,13 @@ class _Scan(torch.autograd.Function):
         batch, tokens, width = b.shape
         h = torch.empty(b.shape, dtype=b.dtype, device=b.device)
         last = torch.empty((batch, width), dtype=torch.float32, device=b.device)
-        with on_device_of(b):
-            _forward[(batch, triton.cdiv(width, TILE_D))](
-                log_a, b, start, h, last, tokens, width,
-                TILE_T=TILE_T, TILE_D=TILE_D, START=start is not None, num_warps=4,
-            )  # fmt: skip
+
+        def run(config: dict[str, int]) -> None:
+            _forward[(batch, triton.cdiv(width, config["TILE_D"]))](
+                log_a, b, start, h, last, tokens, width, START=start is not None, **config
+            )
+
+        _launch(_forward, b, start, run)
         ctx.save_for_backward(log_a, h, start)
         return h, last
 
@@ -58,13 +60,26 @@ class _Scan(torch.autograd.Function):
         dlog_a = torch.empty(log_a.shape, dtype=log_a.dtype, device=h.device)
         db = torch.empty(h.shape, dtype=h.dtype, device=h.device)
         dstart = torch.empty((batch, width), dtype=torch.float32, device=h.device)
-        with on_device_of(h):
-            _backward[(batch, triton.cdiv(width, TILE_D))](
-                log_a, h, start, dh.contiguous(), dlast.contiguous(), dlog_a, db, dstart,
-                tokens, width,
-                TILE_T=TILE_T, TILE_D=TILE_D, START=start is not None, num_warps=4,
+        dh, dlast = dh.contiguous(), dlast.contiguous()
+
+        def run(config: dict[str, int]) -> None:
+            _backward[(batch, triton.cdiv(width, config["TILE_D"]))](
+                log_a, h, start, dh, dlast, dlog_a, db, dstart, tokens, width,
+                START=start is not None, **config,
             )  # fmt: skip
+
+        _launch(_backward, h, start, run)
         return dlog_a, db, None if start is None else dstart
+
+
+def _launch(kernel: Any, x: Tensor, start: Tensor | None, run: Callable[..., None]) -> None:
+    """One program per sequence and tile of the channels of x (B, T, D)."""
+    batch, tokens, width = x.shape
+    with on_device_of(x):
+        tuned(
+            OP, kernel, x, run, limits=(full_tile(tokens), full_tile(width)),
+            sizes=(batch, tokens, width), exact=(kernel.__name__, start is not None),
+        )  # fmt: skip
 
 
 @triton.jit

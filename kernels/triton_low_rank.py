@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .autotune import tuned
 from .triton_common import (
     DOT,
     check_device,
@@ -29,7 +30,6 @@ from .triton_common import (
     common_dtype,
     full_tile,
     on_device_of,
-    tile,
 )
 from .triton_step import step, step_serves
 from .triton_vector_decay import (
@@ -128,13 +128,14 @@ class _LowRank(torch.autograd.Function):
         through = empty(*q.shape, dtype=q.dtype)
         alone, u = (empty(*v.shape, dtype=v.dtype) for _ in range(2))
         launch_chunks(
-            _solve, q, v, size, a, b, k, v, log_decay, inverse, through, alone,
+            "low_rank.solve", _solve, q, v, size,
+            a, b, k, v, log_decay, inverse, through, alone,
             PRECISION=precision(q),
         )  # fmt: skip
         before = empty(batch, heads, chunks, key_width, value_width, dtype=q.dtype)
         last = empty(batch, heads, key_width, value_width)
         _walk(
-            _low_rank_states, q, v, size,
+            "low_rank.states", _low_rank_states, q, v, size,
             through, alone, late, late_k, v, kept, state, before, u, last,
         )  # fmt: skip
         o = _read(q, b, u, log_decay, before, size, scale, read=True)
@@ -156,11 +157,11 @@ class _LowRank(torch.autograd.Function):
         do, dlast = do.contiguous(), dlast.contiguous()
         early, _ = decayed(q, log_decay, size, scale, to_end=False)
         du = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        launch_chunks(_direct, q, v, size, q, b, log_decay, do, du, scale)
+        launch_chunks("low_rank.direct", _direct, q, v, size, q, b, log_decay, do, du, scale)
         dafter = torch.empty(before.shape, dtype=before.dtype, device=q.device)
         dstate = torch.empty(dlast.shape, dtype=torch.float32, device=q.device)
         _walk(
-            _low_rank_gradients, q, v, size,
+            "low_rank.gradients", _low_rank_gradients, q, v, size,
             early, through, late, do, du, kept, dlast, dafter, dstate,
         )  # fmt: skip
         dq, db, du, dg, _ = gradients(
@@ -174,9 +175,9 @@ class _LowRank(torch.autograd.Function):
             dq, dg, dv = dq + dq_k, dg + dg_k, dv_k.float()
         da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
         launch_chunks(
-            _solve_gradients, q, v, size,
+            "low_rank.solve_gradients", _solve_gradients, q, v, size,
             a, b, k, v, u, log_decay, inverse, before, du, da, db, dk, dv, dg,
-            PRECISION=precision(q),
+            PRECISION=precision(q), rewritten=(db, dk, dv, dg),
         )  # fmt: skip
         return (
             dq.to(q.dtype),
@@ -209,21 +210,27 @@ def _read(
     """What the queries read of the writes k v^T and, with `read`, of the state: float32."""
     o = torch.empty(v.shape, dtype=torch.float32, device=v.device)
     launch_chunks(
-        _outputs, q, v, size, q, k, v, log_decay, None, before, o, scale, PRE=False, READ=read
-    )
+        "vector_decay.outputs", _outputs, q, v, size,
+        q, k, v, log_decay, None, before, o, scale, PRE=False, READ=read,
+    )  # fmt: skip
     return o
 
 
-def _walk(kernel: Any, q: Tensor, v: Tensor, size: int, *arguments: Any) -> None:
+def _walk(name: str, kernel: Any, q: Tensor, v: Tensor, size: int, *arguments: Any) -> None:
     """One program per head and tile of values: W S needs all of the state's rows at once."""
     batch, tokens, heads, key_width = q.shape
     value_width = v.shape[-1]
-    tile_v = min(32, tile(value_width))
-    with on_device_of(q):
-        kernel[(batch * heads, triton.cdiv(value_width, tile_v))](
+
+    def run(config: dict[str, int]) -> None:
+        kernel[(batch * heads, triton.cdiv(value_width, config["TILE_V"]))](
             *arguments, tokens, -(-tokens // size), heads,
-            K=key_width, V=value_width, C=size, FULL_K=full_tile(key_width), TILE_V=tile_v,
-            num_warps=4, num_stages=1,
+            K=key_width, V=value_width, C=size, FULL_K=full_tile(key_width), **config,
+        )  # fmt: skip
+
+    with on_device_of(q):
+        tuned(
+            name, kernel, q, run, limits=(full_tile(value_width),), sizes=(batch * heads, tokens),
+            exact=(key_width, value_width, size, *(t is None for t in arguments)),
         )  # fmt: skip
 
 

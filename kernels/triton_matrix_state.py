@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .autotune import tuned
 from .triton_common import (
     DOT,
     batch_stride,
@@ -26,6 +27,7 @@ from .triton_common import (
     common_dtype,
     decay_between,
     decay_gradient,
+    full_tile,
     half_stride,
     on_device_of,
     tile,
@@ -110,7 +112,9 @@ class _MatrixState(torch.autograd.Function):
         prefix = None if log_decay is None else chunk_prefix(log_decay, tokens, size)
         before, final = _walk(k, v, prefix, state, size, 1.0, reverse=False)
         o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        launch_chunks(_outputs, q, v, size, q, k, v, prefix, before, o, scale)
+        launch_chunks(
+            "matrix_state.outputs", _outputs, q, v, size, q, k, v, prefix, before, o, scale
+        )
         ctx.save_for_backward(q, k, v, log_decay, prefix, before)
         ctx.scale, ctx.size, ctx.started = scale, size, state is not None
         return o, final
@@ -128,8 +132,7 @@ class _MatrixState(torch.autograd.Function):
             (0 if prefix is None else batch, heads, padded), dtype=torch.float32, device=q.device
         )
         launch_chunks(
-            _gradients,
-            q, v, ctx.size,
+            "matrix_state.gradients", _gradients, q, v, ctx.size,
             q, k, v, prefix, before, do, dafter, dq, dk, dv, dprefix, ctx.scale,
         )  # fmt: skip
         dg = None if log_decay is None else decay_gradient(dprefix, log_decay, tokens, ctx.size)
@@ -158,30 +161,46 @@ def _walk(
     states = torch.empty(
         (batch, heads, chunks, key_width, value_width), dtype=x.dtype, device=x.device
     )
-    tile_k, tile_v = tile(key_width), tile(value_width)
-    grid = (batch * heads, triton.cdiv(key_width, tile_k), triton.cdiv(value_width, tile_v))
-    with on_device_of(x):
+    flags = {"DECAY": prefix is not None, "START": start is not None, "REVERSE": reverse}
+
+    def run(config: dict[str, int]) -> None:
+        grid = (
+            batch * heads,
+            triton.cdiv(key_width, config["TILE_K"]),
+            triton.cdiv(value_width, config["TILE_V"]),
+        )
         _states[grid](
             x, y, prefix, start, states, last,
             tokens, chunks, heads, batch_stride(prefix), half_stride(prefix), scale,
-            K=key_width, V=value_width, C=size, TILE_K=tile_k, TILE_V=tile_v,
-            DECAY=prefix is not None, START=start is not None, REVERSE=reverse,
-            num_warps=4, num_stages=2,
+            K=key_width, V=value_width, C=size, **flags, **config,
+        )  # fmt: skip
+
+    with on_device_of(x):
+        tuned(
+            "matrix_state.states", _states, x, run,
+            limits=(full_tile(key_width), full_tile(value_width)), sizes=(batch * heads, tokens),
+            exact=(key_width, value_width, size, *flags.values()),
         )  # fmt: skip
     return states, last
 
 
-def launch_chunks(kernel: Any, q: Tensor, v: Tensor, size: int, *arguments: Any) -> None:
+def launch_chunks(name: str, kernel: Any, q: Tensor, v: Tensor, size: int, *arguments: Any) -> None:
     """One program per head and chunk."""
     batch, tokens, heads, key_width = q.shape
-    chunks = -(-tokens // size)
+    chunks, value_width = -(-tokens // size), v.shape[-1]
     prefix = arguments[3]
-    with on_device_of(q):
+
+    def run(config: dict[str, int]) -> None:
         kernel[(batch * heads, chunks)](
             *arguments, tokens, chunks, heads, batch_stride(prefix), half_stride(prefix),
-            K=key_width, V=v.shape[-1], C=size,
-            TILE_K=tile(key_width), TILE_V=tile(v.shape[-1]),
-            DECAY=prefix is not None, num_warps=4, num_stages=2,
+            K=key_width, V=value_width, C=size, DECAY=prefix is not None, **config,
+        )  # fmt: skip
+
+    with on_device_of(q):
+        tuned(
+            name, kernel, q, run,
+            limits=(full_tile(key_width), full_tile(value_width)), sizes=(batch * heads, tokens),
+            exact=(key_width, value_width, size, prefix is not None),
         )  # fmt: skip
 
 

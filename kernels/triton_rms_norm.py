@@ -7,7 +7,8 @@ rows and leaves one row of sums for the gradient of the weight.
 
 from __future__ import annotations
 
-from typing import Any, no_type_check
+from collections.abc import Callable
+from typing import Any, TypeVar, no_type_check
 
 import torch
 import triton
@@ -15,12 +16,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .autotune import tuned
 from .rms_norm import MOST_CHANNELS
 from .triton_common import check_device, common_dtype, full_tile, on_device_of, refuse
 
+R = TypeVar("R")
+
 OP = "rms_norm"
-TILE = 2048
-"""Numbers of a program's tile, of several short rows or one: 16 per thread of four warps."""
 PROGRAMS = 512
 """Of the backward pass, at most: some for every multiprocessor, and few rows of sums."""
 
@@ -56,10 +58,25 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 else t.contiguous()
 
 
-def _sizes(width: int) -> dict[str, int]:
-    full = full_tile(width)
-    rows = max(1, TILE // full)
-    return {"ROWS": rows, "FULL_D": full, "num_warps": 4 if full <= TILE else min(16, full // 512)}
+def tile_of_rows(config: dict[str, int], width: int) -> dict[str, int]:
+    """A tile of several short rows, or of one: wider than the tile, it takes more warps too."""
+    full, numbers = full_tile(width), config["NUMBERS"]
+    return {
+        "ROWS": max(1, numbers // full),
+        "FULL_D": full,
+        "num_warps": min(16, config["num_warps"] * max(1, full // numbers)),
+        "num_stages": config["num_stages"],
+    }
+
+
+def _launch(kernel: Any, x: Tensor, run: Callable[[dict[str, int]], R], **flags: bool) -> R:
+    rows, width = x.shape
+    with on_device_of(x):
+        return tuned(
+            OP, kernel, x, lambda config: run({**tile_of_rows(config, width), **flags}),
+            limits=(MOST_CHANNELS,), sizes=(rows,),
+            exact=(kernel.__name__, width, *flags.values()),
+        )  # fmt: skip
 
 
 class _Norm(torch.autograd.Function):
@@ -81,15 +98,17 @@ class _Norm(torch.autograd.Function):
         h = None
         if residual is not None:
             h = torch.empty((rows, width), dtype=kind, device=x.device)
-        sizes = _sizes(width)
-        with on_device_of(x):
-            _forward[(triton.cdiv(rows, sizes["ROWS"]),)](
+
+        def run(config: dict[str, int]) -> None:
+            _forward[(triton.cdiv(rows, config["ROWS"]),)](
                 x, weight, residual, gate, y, h, rows, width, eps, x.stride(0),
                 0 if residual is None else residual.stride(0),
                 0 if gate is None else gate.stride(0),
-                RESIDUAL=residual is not None, GATE=gate is not None, SILU=silu, FIRST=first,
-                **sizes,
+                **config,
             )  # fmt: skip
+
+        flags = {"GATE": gate is not None, "SILU": silu, "FIRST": first}
+        _launch(_forward, x, run, RESIDUAL=residual is not None, **flags)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if h is None else h, weight, gate)
         ctx.options = (eps, silu, first)
@@ -108,16 +127,20 @@ class _Norm(torch.autograd.Function):
         dgate = None
         if gate is not None:
             dgate = torch.empty((rows, width), dtype=gate.dtype, device=h.device)
-        sizes = _sizes(width)
-        programs = min(PROGRAMS, triton.cdiv(rows, sizes["ROWS"]))
-        sums = torch.empty((programs, width), dtype=torch.float32, device=h.device)
-        with on_device_of(h):
+
+        def run(config: dict[str, int]) -> Tensor:
+            programs = min(PROGRAMS, triton.cdiv(rows, config["ROWS"]))
+            sums = torch.empty((programs, width), dtype=torch.float32, device=h.device)
             _backward[(programs,)](
                 h, weight, gate, dy, dh, dx, dgate, sums, rows, width, eps,
                 h.stride(0), 0 if gate is None else gate.stride(0), dy.stride(0),
                 0 if dh is None else dh.stride(0),
-                GATE=gate is not None, CARRIED=dh is not None, SILU=silu, FIRST=first, **sizes,
+                **config,
             )  # fmt: skip
+            return sums
+
+        flags = {"GATE": gate is not None, "SILU": silu, "FIRST": first}
+        sums = _launch(_backward, h, run, CARRIED=dh is not None, **flags)
         dweight = sums.sum(dim=0).to(weight.dtype)
         kind, other = ctx.kinds
         dresidual = None if other is None else dx.to(other)

@@ -16,12 +16,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .autotune import tuned
 from .short_conv import MOST_TAPS
-from .triton_common import check_device, common_dtype, on_device_of, refuse
+from .triton_common import check_device, common_dtype, full_tile, on_device_of, refuse
 
 OP = "short_conv"
-TILE_T = 16
-TILE_D = 64
 WALK = 8
 """The tiles of tokens that a program of the backward pass walks over."""
 
@@ -68,12 +67,19 @@ class _Conv(torch.autograd.Function):
         y = torch.empty((batch, tokens, width), dtype=x.dtype, device=x.device)
         kept = x.dtype if state is None else state.dtype
         last = torch.empty((batch, width, taps - 1), dtype=kept, device=x.device)
-        tiles = triton.cdiv(tokens, TILE_T)
-        with on_device_of(x):
-            _forward[(batch * tiles, triton.cdiv(width, TILE_D))](
+
+        def run(config: dict[str, int]) -> None:
+            tiles = triton.cdiv(tokens, config["TILE_T"])
+            _forward[(batch * tiles, triton.cdiv(width, config["TILE_D"]))](
                 x, weight, bias, state, y, last, tokens, width, x.stride(0), x.stride(1),
-                W=taps, TILE_T=TILE_T, TILE_D=TILE_D, BIAS=bias is not None,
-                START=state is not None, SILU=silu, num_warps=4,
+                W=taps, BIAS=bias is not None, START=state is not None, SILU=silu, **config,
+            )  # fmt: skip
+
+        with on_device_of(x):
+            tuned(
+                "short_conv.forward", _forward, x, run,
+                limits=(full_tile(tokens), full_tile(width)), sizes=(batch, tokens, width),
+                exact=(taps, bias is not None, state is not None, silu),
             )  # fmt: skip
         ctx.save_for_backward(x, weight, bias, state)
         ctx.silu = silu
@@ -87,14 +93,26 @@ class _Conv(torch.autograd.Function):
         taps = weight.shape[1]
         dx = torch.empty((batch, tokens, width), dtype=x.dtype, device=x.device)
         dstate = None if state is None else torch.empty_like(state)
-        walks = triton.cdiv(tokens + taps - 1, TILE_T * WALK)
-        sums = torch.empty((batch * walks, taps + 1, width), dtype=torch.float32, device=x.device)
-        with on_device_of(x):
-            _backward[(batch * walks, triton.cdiv(width, TILE_D))](
-                x, weight, bias, state, dy.contiguous(), dlast.contiguous(), dx, dstate, sums,
+        dy, dlast = dy.contiguous(), dlast.contiguous()
+
+        def run(config: dict[str, int]) -> Tensor:
+            walks = triton.cdiv(tokens + taps - 1, config["TILE_T"] * WALK)
+            sums = torch.empty(
+                (batch * walks, taps + 1, width), dtype=torch.float32, device=x.device
+            )
+            _backward[(batch * walks, triton.cdiv(width, config["TILE_D"]))](
+                x, weight, bias, state, dy, dlast, dx, dstate, sums,
                 tokens, width, x.stride(0), x.stride(1),
-                W=taps, TILE_T=TILE_T, TILE_D=TILE_D, WALK=WALK, BIAS=bias is not None,
-                START=state is not None, SILU=ctx.silu, num_warps=4,
+                W=taps, WALK=WALK, BIAS=bias is not None, START=state is not None,
+                SILU=ctx.silu, **config,
+            )  # fmt: skip
+            return sums
+
+        with on_device_of(x):
+            sums = tuned(
+                "short_conv.backward", _backward, x, run,
+                limits=(full_tile(tokens), full_tile(width)), sizes=(batch, tokens, width),
+                exact=(taps, bias is not None, state is not None, ctx.silu),
             )  # fmt: skip
         total = sums.sum(dim=0)
         dweight = total[:taps].t().to(weight.dtype)

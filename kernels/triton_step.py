@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import full_tile, on_device_of, tile
+from .autotune import tuned
+from .triton_common import full_tile, on_device_of
 
 
 def step_serves(q: Tensor, *others: Tensor | None) -> bool:
@@ -41,18 +42,23 @@ def step(
     """
     batch, _, heads, key_width = q.shape
     value_width = v.shape[-1]
-    tile_v = min(32, tile(value_width))
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     new = torch.empty((batch, heads, key_width, value_width), dtype=torch.float32, device=q.device)
     a, b = (None, None) if low_rank is None else low_rank
-    given = (q, k, v, a, b, beta, bonus, log_decay, None if state is None else state.float())
+    all_given = (q, k, v, a, b, beta, bonus, log_decay, None if state is None else state.float())
+    given = tuple(None if t is None else t.contiguous() for t in all_given)
+    decay = 0 if log_decay is None else log_decay.ndim
+
+    def run(config: dict[str, int]) -> None:
+        _step[(batch * heads, triton.cdiv(value_width, config["TILE_V"]))](
+            *given, o, new, heads, scale,
+            K=key_width, V=value_width, FULL_K=full_tile(key_width), DECAY=decay, **config,
+        )  # fmt: skip
+
     with on_device_of(q):
-        _step[(batch * heads, triton.cdiv(value_width, tile_v))](
-            *(None if t is None else t.contiguous() for t in given),
-            o, new, heads, scale,
-            K=key_width, V=value_width, FULL_K=full_tile(key_width), TILE_V=tile_v,
-            DECAY=0 if log_decay is None else log_decay.ndim,
-            num_warps=4,
+        tuned(
+            "step", _step, q, run, limits=(full_tile(value_width),), sizes=(batch * heads,),
+            exact=(key_width, value_width, decay, *(t is None for t in given)),
         )  # fmt: skip
     return o, new
 

@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .triton_common import DOT, on_device_of, tile
+from .autotune import tuned
+from .triton_common import DOT, full_tile, on_device_of, tile
 
 CHUNK = 64
 """Tokens of a chunk; a short sequence takes the power of two that holds it."""
@@ -63,7 +64,8 @@ class _VectorState(torch.autograd.Function):
         before, final = walk(late, v, kept, state, size, reverse=False)
         o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
         launch_chunks(
-            _outputs, q, v, size, q, k, v, log_decay, bonus, before, o, scale,
+            "vector_decay.outputs", _outputs, q, v, size,
+            q, k, v, log_decay, bonus, before, o, scale,
             PRE=bonus is not None, READ=True,
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, log_decay, bonus, late, kept, before)
@@ -108,10 +110,18 @@ def decayed(
     chunks = -(-tokens // size)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     kept = torch.empty((batch, heads, chunks, width), dtype=torch.float32, device=x.device)
-    with on_device_of(x):
-        _decayed[(batch * heads, chunks, triton.cdiv(width, tile(width)))](
+
+    def run(config: dict[str, int]) -> None:
+        _decayed[(batch * heads, chunks, triton.cdiv(width, config["TILE_K"]))](
             x, log_decay, out, kept, scale, tokens, chunks, heads,
-            K=width, C=size, TILE_K=tile(width), END=to_end, PRE=pre, num_warps=4,
+            K=width, C=size, END=to_end, PRE=pre, **config,
+        )  # fmt: skip
+
+    with on_device_of(x):
+        tuned(
+            "vector_decay.decayed", _decayed, x, run,
+            limits=(full_tile(width),), sizes=(batch * heads, tokens),
+            exact=(width, size, to_end, pre),
         )  # fmt: skip
     return out, kept
 
@@ -128,13 +138,24 @@ def walk(
     shape = (batch, heads, key_width, value_width)
     last = torch.empty(shape, dtype=torch.float32, device=x.device)
     states = torch.empty((*shape[:2], chunks, *shape[2:]), dtype=x.dtype, device=x.device)
-    tile_k, tile_v = tile(key_width), tile(value_width)
-    grid = (batch * heads, triton.cdiv(key_width, tile_k), triton.cdiv(value_width, tile_v))
-    with on_device_of(x):
+    flags = {"START": start is not None, "REVERSE": reverse}
+
+    def run(config: dict[str, int]) -> None:
+        grid = (
+            batch * heads,
+            triton.cdiv(key_width, config["TILE_K"]),
+            triton.cdiv(value_width, config["TILE_V"]),
+        )
         _states[grid](
             x, y, kept, start, states, last, tokens, chunks, heads,
-            K=key_width, V=value_width, C=size, TILE_K=tile_k, TILE_V=tile_v,
-            START=start is not None, REVERSE=reverse, num_warps=4, num_stages=2,
+            K=key_width, V=value_width, C=size, **flags, **config,
+        )  # fmt: skip
+
+    with on_device_of(x):
+        tuned(
+            "vector_decay.states", _states, x, run,
+            limits=(full_tile(key_width), full_tile(value_width)), sizes=(batch * heads, tokens),
+            exact=(key_width, value_width, size, *flags.values()),
         )  # fmt: skip
     return states, last
 
@@ -166,7 +187,7 @@ def gradients(
     shape = (0 if bonus is None else batch, heads, before.shape[2], key_width)
     dbonus = torch.empty(shape, dtype=torch.float32, device=q.device)
     launch_chunks(
-        _gradients, q, v, size,
+        "vector_decay.gradients", _gradients, q, v, size,
         q, k, v, log_decay, bonus, late, before, do, dafter, dq, dk, dv, dg, dbonus, scale,
         PRE=bonus is not None, READ=read,
     )  # fmt: skip
@@ -174,17 +195,32 @@ def gradients(
 
 
 def launch_chunks(
-    kernel: Any, q: Tensor, v: Tensor, size: int, *arguments: Any, **flags: Any
+    name: str,
+    kernel: Any,
+    q: Tensor,
+    v: Tensor,
+    size: int,
+    *arguments: Any,
+    rewritten: tuple[Tensor | None, ...] = (),
+    **flags: Any,
 ) -> None:
     """One program per head and chunk."""
     batch, tokens, heads, key_width = q.shape
-    chunks = -(-tokens // size)
-    with on_device_of(q):
+    chunks, value_width = -(-tokens // size), v.shape[-1]
+
+    def run(config: dict[str, int]) -> None:
         kernel[(batch * heads, chunks)](
             *arguments, tokens, chunks, heads,
-            K=key_width, V=v.shape[-1], C=size, LEVELS=size.bit_length() - 1,
-            TILE_K=min(32, tile(key_width)), TILE_V=min(128 // q.itemsize, tile(v.shape[-1])),
-            **flags, num_warps=4, num_stages=1,
+            K=key_width, V=value_width, C=size, LEVELS=size.bit_length() - 1, **flags, **config,
+        )  # fmt: skip
+
+    with on_device_of(q):
+        tuned(
+            name, kernel, q, run,
+            # Rows of a tile of values are at most 128 bytes: more do not fit beside the decays.
+            limits=(full_tile(key_width), min(128 // q.itemsize, full_tile(value_width))),
+            sizes=(batch * heads, tokens), exact=(key_width, value_width, size, *flags.values()),
+            rewritten=rewritten,
         )  # fmt: skip
 
 

@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mendel.kernels import linear_cross_entropy as loss_module
 from mendel.kernels import triton_rms_norm
+from mendel.kernels.autotune import Config, use_tuning
 from mendel.kernels.backend import use_backend
+from mendel.kernels.linear_cross_entropy import linear_cross_entropy
 from mendel.kernels.rms_norm import rms_norm
 from mendel.kernels.short_conv import short_conv
 
@@ -43,6 +46,21 @@ def norm_inputs(rows: int, width: int, residual: bool, gate: bool, strided: bool
         "residual": 3 * torch.randn(2, rows, width) if residual else None,
         "gate": torch.randn(2, rows, width) if gate else None,
     }
+
+
+def loss_inputs(rows: int, width: int, alphabet: int, scaled: bool) -> Given:
+    targets = torch.randint(0, alphabet, (2, rows))
+    targets[:, ::3] = -100
+    return {
+        "hidden": torch.randn(2, rows, width),
+        "weight": torch.randn(alphabet, width),
+        "targets": targets,
+        "scale": torch.rand(alphabet) if scaled else None,
+    }
+
+
+def mean_loss(**given: Any) -> tuple[Tensor, Tensor]:
+    return linear_cross_entropy(**given), torch.zeros(0)
 
 
 ONLY = sys.argv[1] if len(sys.argv) > 1 else ""
@@ -85,6 +103,18 @@ for _rows, _width, _residual, _gate, _options in (
         lambda n=_rows, d=_width, r=_residual, g=_gate: norm_inputs(n, d, r, g),  # type: ignore[misc]
         _options,
     )
+for _rows, _width, _alphabet, _scaled, _options in (
+    (2, 8, 3, False, {}),
+    (2, 8, 5000, False, {}),
+    (200, 6, 70, True, {}),
+    (150, 6, 70, False, {"z_weight": 0.1}),
+    (40, 16, 300, True, {"z_weight": 1e-3}),
+):
+    CASES[f"linear_cross_entropy-{_rows}-{_width}-{_alphabet}-{_scaled}{''.join(_options)}"] = (
+        mean_loss,
+        lambda n=_rows, d=_width, a=_alphabet, s=_scaled: loss_inputs(n, d, a, s),  # type: ignore[misc]
+        _options,
+    )
 CASES["rms_norm-strided"] = (rms_norm, lambda: norm_inputs(40, 6, True, True, True), {})
 
 
@@ -123,9 +153,10 @@ def main() -> None:
     def poison(t: Tensor) -> Tensor:
         return t.fill_(torch.nan) if t.is_floating_point() else t
 
+    # Pieces of 128 rows, so that a case has several.
+    loss_module.PIECE_BYTES["cpu"] = 1
     # Few programs for the rows' gradients, so that each walks over several tiles of them.
     triton_rms_norm.PROGRAMS = 2
-    triton_rms_norm.TILE = 256
     results: dict[str, dict[str, float]] = {}
     for name, (op, inputs, options) in [c for c in CASES.items() if ONLY in c[0]]:
         torch.manual_seed(0)
@@ -137,7 +168,8 @@ def main() -> None:
             }
             torch.empty = lambda *s, **o: poison(real_empty(*s, **o))  # type: ignore[assignment]
             torch.empty_like = lambda *s, **o: poison(real_like(*s, **o))  # type: ignore[assignment]
-            have = run(op, rounded, options, "triton", dtype)
+            with use_tuning(pins={"rms_norm": Config((256,), 4, 1)}):
+                have = run(op, rounded, options, "triton", dtype)
             torch.empty, torch.empty_like = real_empty, real_like
             want = run(op, rounded, options, "definition", torch.float32)
             assert have.keys() == want.keys()

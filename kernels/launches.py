@@ -1,0 +1,156 @@
+"""The configurations of every Triton kernel, the default first, and why they are worth a try.
+
+No default was measured: they are the sizes that fit sm_80, sm_90 and sm_100 with room to spare.
+What a list holds beside its default answers a question that only a device can. Lists are short
+because each entry is one more compilation of the kernel for every case that is tuned; none varies
+the chunk, on which the kernels of an operator must agree.
+"""
+
+from __future__ import annotations
+
+from .autotune import Choices, Config
+
+SIDES = ("TILE_K", "TILE_V")
+
+ACROSS = (
+    Config((64, 64), 4, 2),
+    # Twice and four times the programs, where batch times heads does not fill the chip.
+    Config((32, 64), 4, 2),
+    Config((32, 32), 4, 2),
+    # Half the reads of x and y, each of which is read once per tile of the other side.
+    Config((128, 64), 8, 2),
+    # The next chunk's tiles under way earlier: a walk waits for memory and nothing else.
+    Config((64, 64), 4, 3),
+)
+"""Walks over the chunks with a tile of the state in registers."""
+
+CHUNK = (
+    Config((64, 64), 4, 2),
+    # Half the registers per thread, where the (C, C) scores and a tile spill.
+    Config((64, 64), 8, 2),
+    # Less shared memory, so more programs on a multiprocessor.
+    Config((32, 32), 4, 2),
+    Config((64, 64), 4, 1),
+    # One turn of the loops at K = V = 128.
+    Config((128, 64), 8, 1),
+)
+"""Chunks on their own: scores of (C, C), then loops over tiles of keys and values."""
+
+WHOLE_ROWS = (
+    Config((32,), 4, 1),
+    # W S needs all K rows of the state in one program: narrower tiles are more programs ...
+    Config((16,), 4, 1),
+    # ... and wider ones read k and W less often.
+    Config((64,), 8, 1),
+    Config((32,), 8, 1),
+    Config((32,), 4, 2),
+)
+"""Walks of the delta rule, one program per head and tile of values."""
+
+SOLVE = (
+    Config((64, 64), 4, 1),
+    # The inverse is a chain of (C, C) products, in which more warps wait for each other.
+    Config((64, 64), 2, 1),
+    Config((64, 64), 8, 1),
+    Config((32, 32), 4, 1),
+)
+"""Triangular systems: log2(C) products, one after the other, then loops over the sides."""
+
+HALVES = (
+    Config((32, 64), 4, 1),
+    Config((32, 64), 8, 1),
+    # Fewer exponentials alive at once, for less shared memory.
+    Config((16, 32), 4, 1),
+    Config((32, 32), 4, 1),
+)
+"""Products with a decay per channel: log2(C) levels for every tile of keys."""
+
+CHOICES: dict[str, Choices] = {
+    "matrix_state.states": Choices(SIDES, ACROSS),
+    "matrix_state.outputs": Choices(SIDES, CHUNK),
+    "matrix_state.gradients": Choices(SIDES, CHUNK),
+    "delta_rule.states": Choices(("TILE_V",), WHOLE_ROWS),
+    "delta_rule.gradients": Choices(("TILE_V",), WHOLE_ROWS),
+    "delta_solve.solve": Choices(SIDES, SOLVE),
+    "delta_solve.gradients": Choices(SIDES, SOLVE),
+    "vector_decay.decayed": Choices(
+        ("TILE_K",),
+        # Elementwise but for a sum over the chunk: only the programs' number matters.
+        (Config((64,), 4, 1), Config((32,), 4, 1), Config((128,), 8, 1)),
+    ),
+    "vector_decay.states": Choices(SIDES, ACROSS),
+    "vector_decay.outputs": Choices(SIDES, HALVES),
+    "vector_decay.gradients": Choices(SIDES, HALVES),
+    "low_rank.states": Choices(("TILE_V",), WHOLE_ROWS),
+    "low_rank.gradients": Choices(("TILE_V",), WHOLE_ROWS),
+    "low_rank.solve": Choices(SIDES, HALVES),
+    "low_rank.direct": Choices(SIDES, HALVES),
+    "low_rank.solve_gradients": Choices(SIDES, HALVES),
+    "diagonal_scan": Choices(
+        ("TILE_T", "TILE_D"),
+        (
+            Config((32, 32), 4, 3),
+            # Few channels or sequences: narrow tiles are more programs. Whole sectors of 32 bytes.
+            Config((32, 16), 2, 3),
+            Config((64, 16), 4, 3),
+            # Many: longer tiles have more loads under way, and fewer steps that wait.
+            Config((64, 32), 4, 2),
+            Config((32, 64), 4, 2),
+        ),
+    ),
+    "short_conv.forward": Choices(
+        ("TILE_T", "TILE_D"),
+        (
+            Config((16, 64), 4, 1),
+            # More of a tile's inputs are its own: W - 1 of TILE_T + W - 1 rows are read again.
+            Config((32, 64), 4, 1),
+            Config((64, 64), 8, 1),
+            Config((16, 128), 4, 1),
+        ),
+    ),
+    "short_conv.backward": Choices(
+        ("TILE_T", "TILE_D"),
+        (
+            Config((16, 64), 4, 1),
+            Config((32, 64), 8, 1),
+            # Rows of sums are (W + 1) D per program: wide tiles leave no fewer, but load longer.
+            Config((16, 128), 8, 1),
+            Config((16, 32), 2, 1),
+        ),
+    ),
+    "rms_norm": Choices(
+        ("NUMBERS",),
+        (
+            # Numbers of a program's rows: 16 per thread ...
+            Config((2048,), 4, 1),
+            # ... 8, to have more programs and registers to spare with residual and gate ...
+            Config((1024,), 4, 1),
+            Config((2048,), 8, 1),
+            # ... or 32, for longer loads.
+            Config((4096,), 4, 1),
+        ),
+    ),
+    "step": Choices(
+        ("TILE_V",),
+        (
+            Config((32,), 4, 1),
+            # A step only moves the state: its tiles decide how many programs ask for memory.
+            Config((16,), 4, 1),
+            Config((64,), 4, 1),
+            Config((32,), 2, 1),
+            Config((64,), 8, 1),
+        ),
+    ),
+    "linear_cross_entropy": Choices(
+        ("TILE_A",),
+        (
+            # A program walks over a row of logits twice: 16 numbers per thread and turn, ...
+            Config((4096,), 8, 1),
+            Config((8192,), 16, 1),
+            Config((2048,), 4, 2),
+            # ... or 8, with the next turn's under way.
+            Config((4096,), 16, 2),
+        ),
+    ),
+}
+"""By kernel: `operator.kernel`, or the operator where its kernels are launched alike."""
