@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..kernels.letters import BTD, BTF, BTGK, BTHK, BTHV
 from ..kernels.short_conv import short_conv
-from .base import Axis, GeneError, Operator, State, state_dtype
+from .base import Axis, Carry, GeneError, Operator, State, state_dtype
 
 TAPS = (0, 2, 3, 4, 5, 6, 7, 8)
 GATES = ("none", "silu", "sigmoid")
@@ -35,15 +35,31 @@ def is_long(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.shape[1] > PIECE and not torch.is_grad_enabled()
 
 
-def long_call(operator: Operator, x: BTD, state: State | None) -> tuple[BTD, State | None]:
-    """`operator(x, state)` in pieces of PIECE tokens, the state between them."""
+def long_call(
+    operator: Operator, x: BTD, state: State | None, carry: Carry | None = None
+) -> tuple[BTD, State | None]:
+    """`operator(x, state)` in pieces of PIECE tokens, the state between them.
+
+    What operators hand on with `carry` has the tokens in its second axis.
+    """
     held: State | None = state
     if held is None:
         held = operator.init_state(x.shape[0], x.shape[1], x.dtype, x.device)
     outputs = []
-    for piece in torch.split(x, PIECE, 1):
-        y, held = operator(piece, held)
+    later: list[list[Tensor]] = []
+    for start, piece in zip(range(0, x.shape[1], PIECE), torch.split(x, PIECE, 1), strict=True):
+        if carry is None:
+            y, held = operator(piece, held)
+        else:
+            earlier = carry.earlier
+            if earlier is not None:
+                earlier = [t[:, start : start + PIECE] for t in earlier]
+            own = Carry(earlier)
+            y, held = operator(piece, held, own)
+            later.append(own.later)
         outputs.append(y)
+    if carry is not None:
+        carry.later = [torch.cat(parts, 1) for parts in zip(*later, strict=True)]
     return torch.cat(outputs, 1), None if state is None else held
 
 

@@ -21,9 +21,14 @@ from mendel.genome.rules import violations
 PARAMS = {
     "llama-2-7b": 6_738_415_616,
     "llama-3.1-8b": 8_030_261_248,
+    "mistral-7b-v0.1": 7_241_732_096,
     "mistral-7b": 7_241_732_096,
     "mixtral-8x7b": 46_702_792_704,
     "jamba-v0.1": 51_570_323_328,
+    "rwkv7-0.1b": 191_034_624,
+    "rwkv7-0.4b": 450_767_872,
+    "rwkv7-1.5b": 1_527_404_544,
+    "rwkv7-2.9b": 2_947_735_040,
     "mamba-130m": 129_135_360,
     "mamba-370m": 371_516_416,
     "mamba-790m": 793_204_224,
@@ -162,7 +167,7 @@ REFERENCES: dict[str, Any] = {
 
 
 def test_every_model_is_proved_by_a_figure_or_a_reference() -> None:
-    assert set(published.names()) == set(PARAMS) | set(REFERENCES)
+    assert set(published.names()) == set(PARAMS) | set(REFERENCES) | set(SAMBA)
 
 
 @pytest.mark.parametrize("name", published.names())
@@ -201,6 +206,62 @@ def test_the_cache_at_256k_is_as_published(name: str) -> None:
     assert cost(published.load(name), CONTEXT, torch.bfloat16).total.state_bytes == (
         CACHED[name] * CONTEXT
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "ranks"),
+    [
+        ("rwkv7-0.1b", 12, (64, 64, 32, 128)),
+        ("rwkv7-0.4b", 24, (64, 64, 32, 128)),
+        ("rwkv7-1.5b", 24, (96, 96, 64, 256)),
+        ("rwkv7-2.9b", 32, (96, 96, 64, 320)),
+    ],
+)
+def test_rwkv7_has_the_papers_count_and_a_state_that_does_not_grow(
+    name: str, layers: int, ranks: tuple[int, int, int, int]
+) -> None:
+    """arXiv 2503.14456, appendix: ranks of decay, rate, values and gate."""
+    genome = published.load(name)
+    width = genome.width
+    total = cost(genome, CONTEXT, torch.bfloat16).total
+    ends = 2 * width * 65536 + 4 * width
+    layer = width * (12 * width + 2 * sum(ranks) + 19)
+    assert total.params == ends + layers * layer - (2 * width * ranks[2] + width)
+    # Matrices of 64 x 64 in float32, and the last token of both mixers.
+    assert total.state_bytes == layers * (width * 64 * 4 + 2 * width * 2)
+
+
+SAMBA = {"samba-421m": (1536, 12), "samba-1.3b": (2304, 18)}
+"""Width, and as many layers as heads."""
+
+
+@pytest.mark.parametrize("name", SAMBA)
+def test_samba_is_made_of_mamba_and_mistrals_layers(name: str) -> None:
+    """Its sizes are those of microsoft/Samba, its layers those of other models."""
+    width, layers = SAMBA[name]
+    with torch.device("meta"):
+        mamba = transformers.MambaConfig(hidden_size=width, num_hidden_layers=1)
+        mixer = transformers.MambaModel(mamba).layers[0].mixer
+        mistral = transformers.MistralConfig(
+            vocab_size=32000,
+            hidden_size=width,
+            intermediate_size=width * 8 // 3,
+            num_hidden_layers=layers // 2,
+            num_attention_heads=layers,
+            num_key_value_heads=layers,
+            tie_word_embeddings=True,
+        )
+        rest = AUTO.from_config(mistral)
+    mlp = 3 * width * width * 8 // 3
+    others = sum(p.numel() for p in mixer.parameters()) + mlp + 2 * width
+    total = cost(published.load(name)).total.params
+    assert total == sum(p.numel() for p in rest.parameters()) + layers // 2 * others
+    assert f"{total // 10**6}m" == name[6:] or f"{total / 1e9:.1f}b" == name[6:]
+
+
+def test_mistrals_first_cache_ends_with_its_window() -> None:
+    total = cost(published.load("mistral-7b-v0.1"), CONTEXT, torch.bfloat16).total
+    assert total.state_bytes == 131_072 * 4096
 
 
 def test_jambas_cache_is_that_of_four_attentions_and_28_states() -> None:

@@ -19,6 +19,7 @@ from ...kernels.diagonal_low_rank import diagonal_low_rank
 from ...kernels.letters import BTD
 from ..base import (
     Axis,
+    Carry,
     Cost,
     Gene,
     Liv,
@@ -52,12 +53,15 @@ STREAMS = 6
 
 @dataclass(frozen=True)
 class Rwkv7Config:
-    """Final numbers of one layer. The gate is made of twice `rank` numbers."""
+    """Final numbers of one layer; `value_rank` is 0 where values are not mixed."""
 
     width: int
     heads: int
     head_dim: int
     rank: int
+    gate_rank: int
+    value_mix: str
+    value_rank: int
     shift: str
 
     @property
@@ -67,16 +71,24 @@ class Rwkv7Config:
 
     @property
     def splits(self) -> list[int]:
-        """Widths of r, k, v and of what makes decay, removal rate and gate."""
-        return [self.inner] * 3 + [self.rank, self.rank, 2 * self.rank]
+        """Widths of r, k, v and of what makes decay, removal rate and gate; the values' stream
+        makes the values and then what their mix is made of."""
+        values = self.inner + self.value_rank
+        return [self.inner, self.inner, values, self.rank, self.rank, self.gate_rank]
+
+    @property
+    def carries(self) -> str | None:
+        """The first layer's values can be mixed into those that are as wide."""
+        return None if self.value_mix == "none" else f"values {self.inner}"
 
     def cost(self, context: int, dtype: torch.dtype) -> Cost:
-        products = self.width * (sum(self.splits) + self.inner) + 4 * self.rank * self.inner
+        ranks = 2 * self.rank + self.gate_rank + self.value_rank
+        products = self.width * (sum(self.splits) + self.inner) + ranks * self.inner
         matrix = self.heads * self.head_dim**2
         params = (
             products
             + token_shift_params(self.shift, self.width, STREAMS)
-            + 5 * self.inner
+            + (6 if self.value_rank else 5) * self.inner
             + read_out_norm_params("groupnorm", self.heads, self.head_dim)
         )
         # Per token the state is read under the removal key, written under two, and read out.
@@ -93,7 +105,8 @@ class Rwkv7Config:
 class Rwkv7(Operator):
     """See the module. `in_proj` makes r, k, v and the small inputs of decay, rate and gate.
 
-    It has no mix of the values with those of the first layer, as the paper's first layer has none.
+    With `value_mix=mix` the values become v + sigmoid(x A_v B_v + v_0) (v_first - v), v_first being
+    those that the first layer hands on (arXiv 2503.14456, eq. 9 to 11).
     """
 
     def __init__(self, config: Rwkv7Config) -> None:
@@ -103,20 +116,26 @@ class Rwkv7(Operator):
         self.in_proj = nn.Linear(c.width, sum(c.splits), bias=False)
         self.decay = nn.Linear(c.rank, c.inner)
         self.rate = nn.Linear(c.rank, c.inner)
-        self.gate = nn.Linear(2 * c.rank, c.inner, bias=False)
+        self.gate = nn.Linear(c.gate_rank, c.inner, bias=False)
+        self.value = nn.Linear(c.value_rank, c.inner) if c.value_rank else None
         with torch.no_grad():
             # Decays spread from slow to fast over the channels, rates of one half.
             self.decay.bias.copy_(torch.linspace(-5.5, 1.5, c.inner))
             self.rate.bias.zero_()
+            if self.value is not None:
+                # About two thirds are the first layer's.
+                self.value.bias.fill_(0.73)
         self.removal = nn.Parameter(torch.full((c.inner,), 0.85))
         self.mixing = nn.Parameter(torch.ones(c.inner))
         self.bonus = nn.Parameter(0.1 * torch.randn(c.heads, c.head_dim))
         self.norm = ReadOutNorm("groupnorm", "none", c.heads, c.head_dim, 1)
         self.out_proj = nn.Linear(c.inner, c.width, bias=False)
 
-    def forward(self, x: BTD, state: State | None = None) -> tuple[BTD, State | None]:
+    def forward(
+        self, x: BTD, state: State | None = None, carry: Carry | None = None
+    ) -> tuple[BTD, State | None]:
         if is_long(x):
-            return long_call(self, x, state)
+            return long_call(self, x, state, carry)
         c = self.config
         tensors: dict[str, Tensor] = {} if state is None else state.tensors
         kept: dict[str, Tensor] = {}
@@ -127,6 +146,7 @@ class Rwkv7(Operator):
             weights = torch.split(self.in_proj.weight, c.splits)
             parts = [F.linear(s, w) for s, w in zip(streams, weights, strict=True)]
         r, k, v, low_decay, low_rate, low_gate = parts
+        v = self._mixed_values(v, carry)
         decay = at_least_float32(self.decay(torch.tanh(low_decay)))
         rate = torch.sigmoid(at_least_float32(self.rate(low_rate)))
         gate = self.gate(torch.sigmoid(low_gate))
@@ -153,6 +173,21 @@ class Rwkv7(Operator):
             return out, None
         return out, State(state.length + x.shape[1], kept)
 
+    def _mixed_values(self, v: Tensor, carry: Carry | None) -> Tensor:
+        """The values (B, T, F) from what their stream made, and handed on where others mix them."""
+        first = None if carry is None else carry.earlier
+        if self.value is not None:
+            v, low = v.split([self.config.inner, self.config.value_rank], -1)
+            # The first of a chain has nothing to mix in but its own.
+            start = v if first is None else first[0].to(v.dtype)
+            mix = torch.sigmoid(self.value(low))
+            mixed = torch.lerp(v, start, mix)
+        else:
+            mixed = start = v
+        if carry is not None:
+            carry.later = [start]
+        return mixed
+
     def _heads(self, t: Tensor) -> Tensor:
         return t.reshape(*t.shape[:2], self.config.heads, self.config.head_dim)
 
@@ -171,11 +206,15 @@ def configure(site: Site, genes: Mapping[str, Gene]) -> Rwkv7Config:
     name = "diagonal-low-rank"
     inner = inner_width(name, site.width, number(genes, "expand"))
     heads = head_count(name, inner, whole(genes, "heads"), HEAD_TARGET)
+    rank, mix = whole(genes, "rank"), choice(genes, "value_mix")
     return Rwkv7Config(
         width=site.width,
         heads=heads,
         head_dim=inner // heads,
-        rank=whole(genes, "rank"),
+        rank=rank,
+        gate_rank=whole(genes, "gate_rank") or 2 * rank,
+        value_mix=mix,
+        value_rank=whole(genes, "value_rank") if mix == "mix" else 0,
         shift=choice(genes, "shift"),
     )
 
@@ -205,10 +244,31 @@ RWKV7 = Primitive(
         Axis(
             "rank",
             64,
-            "numbers that decays and removal rates are made of; the gate has twice as many",
+            "numbers that decays and removal rates are made of",
             low=1.0,
             high=512.0,
             search=(16, 64),
+        ),
+        Axis(
+            "gate_rank",
+            0,
+            "numbers that the gate is made of; 0 is twice as many as `rank`",
+            low=0.0,
+            high=4096.0,
+        ),
+        Axis(
+            "value_mix",
+            "none",
+            "lend: hand the values on, as the paper's first layer does; mix: mix them with those"
+            " that the nearest earlier layer of equal width hands on, and hand the first ones on",
+            options=("none", "lend", "mix"),
+        ),
+        Axis(
+            "value_rank",
+            32,
+            "mix: numbers that the share of the first layer's values is made of",
+            low=1.0,
+            high=512.0,
         ),
         Axis(
             "shift",
@@ -225,7 +285,7 @@ RWKV7 = Primitive(
             "rwkv7",
             {"expand": 1.0, "rank": 64, "shift": "static"},
             "RWKV-7, Goose (arXiv 2503.14456)",
-            "as the paper's first layer, without the mix with the first layer's values",
+            "as the paper's first layer; later ones have value_mix=mix, and this one lends",
             view=View(
                 "S = (Diag(w) - (a * n) n^T) S + k v^T, |n| = 1",
                 "values under their keys, until a removal key takes them away",
