@@ -177,7 +177,7 @@ class Rwkv7(Operator):
         """The values (B, T, F) from what their stream made, and handed on where others mix them."""
         first = None if carry is None else carry.earlier
         if self.value is not None:
-            v, low = v.split([self.config.inner, self.config.value_rank], -1)
+            v, low = torch.split(v, [self.config.inner, self.config.value_rank], -1)
             # The first of a chain has nothing to mix in but its own.
             start = v if first is None else first[0].to(v.dtype)
             mix = torch.sigmoid(self.value(low))
