@@ -74,6 +74,34 @@ LFM2: dict[str, Any] = {
     "conv_L_cache": 3,
     "tie_word_embeddings": True,
 }
+GRANITE: dict[str, Any] = {
+    "vocab_size": 100352,
+    "num_hidden_layers": 40,
+    "layer_types": [ATTENTION if i % 10 == 5 else "mamba" for i in range(40)],
+    "mamba_d_head": 64,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 128,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_conv_bias": True,
+    "mamba_proj_bias": False,
+    "position_embedding_type": "nope",
+    "tie_word_embeddings": True,
+}
+NEMOTRON_H: dict[str, Any] = {
+    "vocab_size": 131072,
+    "layers_block_type": [{"M": "mamba", "-": "mlp", "*": ATTENTION}[c] for c in NEMOTRON],
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "mamba_head_dim": 64,
+    "n_groups": 8,
+    "ssm_state_size": 128,
+    "conv_kernel": 4,
+    "use_conv_bias": True,
+    "use_bias": False,
+    "tie_word_embeddings": False,
+}
 FALCON: dict[str, Any] = {"head_dim": 64}
 """An attribute that the class reads and does not declare."""
 AUTO: Any = transformers.AutoModelForCausalLM
@@ -86,6 +114,17 @@ REFERENCES: dict[str, Any] = {
     ),
     "lfm2-1.2b": lambda: transformers.Lfm2Config(
         **LFM2, hidden_size=2048, num_attention_heads=32, intermediate_size=12288
+    ),
+    "lfm2-2.6b": lambda: transformers.Lfm2Config(
+        **LFM2
+        | {
+            "num_hidden_layers": 30,
+            "full_attn_idxs": [2, 5, 9, 13, 17, 21, 24, 27],
+            "block_auto_adjust_ff_dim": False,
+        },
+        hidden_size=2048,
+        num_attention_heads=32,
+        intermediate_size=10752,
     ),
     "falcon-h1-0.5b": lambda: transformers.FalconH1Config(
         vocab_size=32784,
@@ -106,26 +145,37 @@ REFERENCES: dict[str, Any] = {
         tie_word_embeddings=False,
     ),
     "granite-4.0-h-micro": lambda: transformers.GraniteMoeHybridConfig(
-        vocab_size=100352,
+        **GRANITE,
         hidden_size=2048,
         intermediate_size=8192,
         shared_intermediate_size=8192,
-        num_hidden_layers=40,
         num_attention_heads=32,
         num_key_value_heads=8,
         num_local_experts=0,
         num_experts_per_tok=0,
-        layer_types=[ATTENTION if i % 10 == 5 else "mamba" for i in range(40)],
         mamba_n_heads=64,
-        mamba_d_head=64,
-        mamba_n_groups=1,
-        mamba_d_state=128,
-        mamba_d_conv=4,
-        mamba_expand=2,
-        mamba_conv_bias=True,
-        mamba_proj_bias=False,
-        position_embedding_type="nope",
-        tie_word_embeddings=True,
+    ),
+    "granite-4.0-h-tiny": lambda: transformers.GraniteMoeHybridConfig(
+        **GRANITE,
+        hidden_size=1536,
+        intermediate_size=512,
+        shared_intermediate_size=1024,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        num_local_experts=64,
+        num_experts_per_tok=6,
+        mamba_n_heads=48,
+    ),
+    "granite-4.0-h-small": lambda: transformers.GraniteMoeHybridConfig(
+        **GRANITE,
+        hidden_size=4096,
+        intermediate_size=768,
+        shared_intermediate_size=1536,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        num_local_experts=72,
+        num_experts_per_tok=10,
+        mamba_n_heads=128,
     ),
     # The class' defaults but for the places of the seven attentions.
     "kimi-linear-48b-a3b": lambda: transformers.KimiLinearConfig(
@@ -145,23 +195,11 @@ REFERENCES: dict[str, Any] = {
         num_key_value_heads=1,
     ),
     "xlstm-7b": lambda: transformers.xLSTMConfig(),
+    "nemotron-h-4b": lambda: transformers.NemotronHConfig(
+        **NEMOTRON_H, hidden_size=3072, intermediate_size=12288, mamba_num_heads=112
+    ),
     "nemotron-h-8b": lambda: transformers.NemotronHConfig(
-        vocab_size=131072,
-        hidden_size=4096,
-        intermediate_size=21504,
-        layers_block_type=[{"M": "mamba", "-": "mlp", "*": ATTENTION}[c] for c in NEMOTRON],
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        mamba_num_heads=128,
-        mamba_head_dim=64,
-        n_groups=8,
-        ssm_state_size=128,
-        conv_kernel=4,
-        expand=2,
-        use_conv_bias=True,
-        use_bias=False,
-        tie_word_embeddings=False,
+        **NEMOTRON_H, hidden_size=4096, intermediate_size=21504, mamba_num_heads=128
     ),
 }
 
