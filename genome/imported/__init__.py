@@ -14,7 +14,7 @@ from typing import Any
 from ...primitives.base import GeneError
 from ...primitives.nearest import unknown
 from ..genome import Genome
-from . import dense, experts, hybrids, kimi, listed, mamba
+from . import dense, experts, hybrids, kimi, listed, mamba, recurrent
 from .fields import ConfigurationError as ConfigurationError
 from .fields import Fields, shown
 
@@ -36,6 +36,7 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaConfig", dense.llama, dense.LLAMA),
     "mistral": Family("MistralConfig", dense.mistral, dense.MISTRAL),
+    "qwen2": Family("Qwen2Config", dense.qwen2, dense.QWEN2),
     "qwen3": Family("Qwen3Config", dense.qwen3, dense.QWEN3),
     "phi3": Family("Phi3Config", dense.phi3, dense.PHI3),
     "gemma": Family("GemmaConfig", dense.gemma, dense.GEMMA),
@@ -80,6 +81,13 @@ FAMILIES: dict[str, Family] = {
             "num_local_experts": "n_routed_experts",
         },
     ),
+    "recurrent_gemma": Family(
+        "RecurrentGemmaConfig",
+        recurrent.recurrent_gemma,
+        recurrent.RECURRENT_GEMMA,
+        {"_block_types": "block_types"},
+    ),
+    "xlstm": Family("xLSTMConfig", recurrent.xlstm, recurrent.XLSTM),
     "kimi_linear": Family("KimiLinearConfig", kimi.kimi_linear, kimi.KIMI_LINEAR, kimi.ALIASES),
 }
 """The families by `model_type`."""

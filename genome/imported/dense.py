@@ -8,7 +8,7 @@ from typing import Any
 from ...primitives.base import Gene
 from ..genome import Genome, Slot
 from .fields import Fields, alone, op
-from .parts import TANH, attention, expansion, heads_of, layer_count, mlp, rope, window
+from .parts import attention, expansion, heads_of, layer_count, mlp, rope, window
 
 KINDS = {"full_attention": "full", "sliding_attention": "sliding"}
 
@@ -51,6 +51,20 @@ QWEN3: Mapping[str, Any] = {
     "tie_word_embeddings": False,
     "rope_theta": 10000.0,
     "attention_bias": False,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+}
+QWEN2: Mapping[str, Any] = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
     "use_sliding_window": False,
     "max_window_layers": 28,
 }
@@ -143,10 +157,19 @@ def mistral(f: Fields) -> Genome:
     return f.genome([slot for mixer in mixers for slot in alone(mixer, channel)])
 
 
+def qwen2(f: Fields) -> Genome:
+    """`Qwen2Config`, of Qwen 2 and 2.5: biases of queries, keys and values."""
+    return _qwen(f, {"bias": True, "bias_at": "inputs"})
+
+
 def qwen3(f: Fields) -> Genome:
     """`Qwen3Config`: norms of queries and keys."""
+    return _qwen(f, {"qk_norm": True, "bias": f.flag("attention_bias")})
+
+
+def _qwen(f: Fields, genes: dict[str, Gene]) -> Genome:
     f.epsilon("rms_norm_eps")
-    genes: dict[str, Gene] = {"qk_norm": True, "bias": f.flag("attention_bias"), **rope(f)}
+    genes |= rope(f)
     layers, channel = qwen_windows(f), mlp(f)
     mixers = [attention(f, **genes, **(window(f) if sliding else {})) for sliding in layers]
     return f.genome([slot for mixer in mixers for slot in alone(mixer, channel)])
@@ -181,9 +204,10 @@ def gemma(f: Fields) -> Genome:
     f.never("use_bidirectional_attention", why=LATER)
     # Files call the activation by two names and two forms; the library runs the tanh form for all.
     f.get("hidden_act"), f.get("hidden_activation")
-    f.note(TANH)
     mixer = attention(f, bias=f.flag("attention_bias"), **rope(f))
-    channel = op("geglu", expansion=expansion(f, "intermediate_size"))
+    channel = op(
+        "geglu", expansion=expansion(f, "intermediate_size"), activation="gelu-tanh"
+    )
     return f.genome(alone(mixer, channel) * layer_count(f, None))
 
 

@@ -18,12 +18,10 @@ ACTIVATIONS = {
     "relu": "relu",
     "relu2": "relu2",
     "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu",
-    "gelu_new": "gelu",
+    "gelu_pytorch_tanh": "gelu-tanh",
+    "gelu_new": "gelu-tanh",
 }
-"""The library's names of activations; the tanh forms are an approximation of the exact one."""
-
-TANH = "GELU by its tanh approximation"
+"""The library's names of activations."""
 
 YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 """What of YaRN the genome's form has fixed (`primitives/rope.py`)."""
@@ -31,10 +29,7 @@ YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 
 def activation(f: Fields, name: str) -> str:
     """The activation axis from its field."""
-    kind = f.option(name, ACTIVATIONS)
-    if kind in ("gelu_pytorch_tanh", "gelu_new"):
-        f.note(TANH)
-    return ACTIVATIONS[kind]
+    return ACTIVATIONS[f.option(name, ACTIVATIONS)]
 
 
 def expansion(f: Fields, name: str, inner: int | None = None) -> float:
@@ -48,13 +43,17 @@ def expansion(f: Fields, name: str, inner: int | None = None) -> float:
     return inner / width
 
 
-def mlp(f: Fields, act: str = "hidden_act", size: str = "intermediate_size", **genes: Gene) -> Op:
-    """A gated MLP."""
+def mlp(
+    f: Fields,
+    act: str = "hidden_act",
+    size: str = "intermediate_size",
+    inner: int | None = None,
+    **genes: Gene,
+) -> Op:
+    """A gated MLP, of the inner width of a field or one that follows from it."""
     kind = activation(f, act)
-    name = {"silu": "swiglu", "gelu": "geglu"}.get(kind, "mlp")
-    if name == "mlp":
-        genes["activation"] = kind
-    return op(name, expansion=expansion(f, size), **genes)
+    name = {"silu": "swiglu", "gelu": "geglu", "gelu-tanh": "geglu"}.get(kind, "mlp")
+    return op(name, expansion=expansion(f, size, inner), activation=kind, **genes)
 
 
 def heads_of(f: Fields) -> tuple[int, int, int]:
