@@ -205,9 +205,7 @@ def gemma(f: Fields) -> Genome:
     # Files call the activation by two names and two forms; the library runs the tanh form for all.
     f.get("hidden_act"), f.get("hidden_activation")
     mixer = attention(f, bias=f.flag("attention_bias"), **rope(f))
-    channel = op(
-        "geglu", expansion=expansion(f, "intermediate_size"), activation="gelu-tanh"
-    )
+    channel = op("geglu", expansion=expansion(f, "intermediate_size"), activation="gelu-tanh")
     return f.genome(alone(mixer, channel) * layer_count(f, None))
 
 

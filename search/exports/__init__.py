@@ -6,4 +6,6 @@ folder     scratch folder, writer, hashes, reading back, the final place
 facts      costs, scores and provenance as JSON
 card       README.md
 genome     the format `genome`
+fla        a genome as a model of flash-linear-attention
+flame      the format `flame`
 """

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .card import write_card
+from .flame import write_flame
 from .genome import write_genome
 from .order import Order
 
@@ -23,6 +24,7 @@ class Format:
 
 _ALL = (
     Format("genome", "the design: genome, costs, scores, card", write_genome),
+    Format("flame", "the configuration that flash-linear-attention's trainer takes", write_flame),
     Format("card", "the card alone", write_card),
 )
 
