@@ -62,6 +62,13 @@ CACHED = {
 # What the models' own configuration files say, where it is not the class' default.
 ATTENTION = "attention"
 NEMOTRON = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
+NEMOTRON_47B = (
+    "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-M-M-"
+    "M-M-M-"
+)
+NEMOTRON_56B = "M-M-M-M*-" + 9 * "M-M-M-M-M*-" + "M-M-M-M-M-"
+NANO_9B = "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"
+NANO_12B = 6 * "M-M-M-M*-" + "M-M-M-M-"
 LFM2: dict[str, Any] = {
     "vocab_size": 65536,
     "num_hidden_layers": 16,
@@ -87,20 +94,6 @@ GRANITE: dict[str, Any] = {
     "mamba_proj_bias": False,
     "position_embedding_type": "nope",
     "tie_word_embeddings": True,
-}
-NEMOTRON_H: dict[str, Any] = {
-    "vocab_size": 131072,
-    "layers_block_type": [{"M": "mamba", "-": "mlp", "*": ATTENTION}[c] for c in NEMOTRON],
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "mamba_head_dim": 64,
-    "n_groups": 8,
-    "ssm_state_size": 128,
-    "conv_kernel": 4,
-    "use_conv_bias": True,
-    "use_bias": False,
-    "tie_word_embeddings": False,
 }
 FALCON: dict[str, Any] = {"head_dim": 64}
 """An attribute that the class reads and does not declare."""
@@ -195,13 +188,36 @@ REFERENCES: dict[str, Any] = {
         num_key_value_heads=1,
     ),
     "xlstm-7b": lambda: transformers.xLSTMConfig(),
-    "nemotron-h-4b": lambda: transformers.NemotronHConfig(
-        **NEMOTRON_H, hidden_size=3072, intermediate_size=12288, mamba_num_heads=112
-    ),
-    "nemotron-h-8b": lambda: transformers.NemotronHConfig(
-        **NEMOTRON_H, hidden_size=4096, intermediate_size=21504, mamba_num_heads=128
-    ),
+    "nemotron-h-4b": lambda: nemotron(NEMOTRON, (3072, 12288), 32, (112, 64, 128)),
+    "nemotron-h-8b": lambda: nemotron(NEMOTRON, (4096, 21504), 32, (128, 64, 128)),
+    "nemotron-h-47b": lambda: nemotron(NEMOTRON_47B, (8192, 30720), 64, (256, 64, 256)),
+    "nemotron-h-56b": lambda: nemotron(NEMOTRON_56B, (8192, 32768), 64, (256, 64, 256)),
+    "nemotron-nano-9b-v2": lambda: nemotron(NANO_9B, (4480, 15680), 40, (128, 80, 128)),
+    "nemotron-nano-12b-v2": lambda: nemotron(NANO_12B, (5120, 20480), 40, (128, 80, 128)),
 }
+
+
+def nemotron(
+    pattern: str, widths: tuple[int, int], heads: int, mamba: tuple[int, int, int]
+) -> transformers.PreTrainedConfig:
+    """`widths` of the stream and the MLP; heads, width of a head and state of Mamba-2."""
+    return transformers.NemotronHConfig(
+        vocab_size=131072,
+        hidden_size=widths[0],
+        intermediate_size=widths[1],
+        layers_block_type=[{"M": "mamba", "-": "mlp", "*": ATTENTION}[c] for c in pattern],
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        mamba_num_heads=mamba[0],
+        mamba_head_dim=mamba[1],
+        ssm_state_size=mamba[2],
+        n_groups=8,
+        conv_kernel=4,
+        use_conv_bias=True,
+        use_bias=False,
+        tie_word_embeddings=False,
+    )
 
 
 def test_every_model_is_proved_by_a_figure_or_a_reference() -> None:
@@ -341,6 +357,8 @@ def test_the_share_of_attention() -> None:
     assert shares["jamba-v0.1"] == (4, 32)
     assert shares["mamba-2.8b"] == (0, 64)
     assert shares["nemotron-h-8b"] == (4, 28)
+    assert shares["nemotron-h-47b"] == (5, 50)
+    assert shares["nemotron-h-56b"] == (10, 64)
     assert shares["falcon-h1-0.5b"] == (36, 72)
     assert shares["recurrentgemma-2b"] == (8, 26)
     assert shares["xlstm-7b"] == (0, 32)
