@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..primitives.base import Carry, State, carries
+from ..primitives.base import TOKENS, Carry, State, carries
 from ..primitives.norm import dyt_alpha, make_norm
 from ..primitives.position import added_position
 from ..primitives.sphere import Scale, stream_maps, to_sphere
@@ -95,9 +95,9 @@ class LanguageModel(nn.Module):
             x = x + self.position(tokens.shape[1], 0 if state is None else state.length)
         x = self.entry(x)
         if self.genome.residual == "reversible":
-            x = self._reversible(x, state)
+            x = self._reversible(x, state, tokens)
         else:
-            lent: dict[str, Any] = {}
+            lent: dict[str, Any] = {TOKENS: [tokens]}
             for i, block in enumerate(self.blocks):
                 assert isinstance(block, SlotBlock)
                 x = block.residual(x, self._slot(i, block, x, state, lent))
@@ -126,7 +126,7 @@ class LanguageModel(nn.Module):
             outputs.append(y)
             if state is not None:
                 state.operators[i][j] = new
-            if label is not None and carry is not None:
+            if label is not None and carry is not None and carry.later:
                 handed.setdefault(label, []).append(carry.later)
         for label, branches in handed.items():
             # Of parallel operators the mean, because their order means nothing.
@@ -137,13 +137,14 @@ class LanguageModel(nn.Module):
         return block.combine(outputs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _reversible(self, x: Tensor, state: ModelState | None) -> Tensor:
+    def _reversible(self, x: Tensor, state: ModelState | None, tokens: Tensor) -> Tensor:
         """The mean of the two streams after the last slot."""
         dtype = x.dtype
 
         def step(i: int, stream: Tensor, lent: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
             block = self.blocks[i]
             assert isinstance(block, SlotBlock)
+            lent.setdefault(TOKENS, [tokens])
             y = block.added(self._slot(i, block, stream.to(dtype), state, lent))
             # A module that stands in several slots says in the last what it adds to the loss.
             later = {index for indices in self.plan[i + 1 :] for index in indices}

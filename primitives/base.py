@@ -187,6 +187,10 @@ class State:
         return State(self.length, {k: t.clone() for k, t in self.tensors.items()})
 
 
+TOKENS = "tokens"
+"""What the model itself hands on to the first slot and all later ones: the token ids (B, T)."""
+
+
 @dataclass
 class Carry:
     """What operators of different slots hand on within one call, between operators whose configs

@@ -8,7 +8,7 @@ from .attention.axes import ATTENTION
 from .base import Gene, GeneError, Point, Primitive
 from .channel.kan import KAN
 from .channel.mlp import MLP
-from .channel.moe import MOE
+from .channel.moe_axes import MOE
 from .channel.rwkv import RWKV_CHANNEL
 from .convolution.conv_block import CONV_BLOCK
 from .convolution.fourier import FOURIER

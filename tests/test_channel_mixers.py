@@ -10,18 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DeepseekV2Config, DeepseekV3Config, LlamaConfig, MixtralConfig
-from transformers.models.deepseek_v2 import modeling_deepseek_v2 as deepseek_v2
-from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek_v3
+from transformers import LlamaConfig
 from transformers.models.gpt2 import modeling_gpt2 as gpt2
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.models.llama import modeling_llama as llama
-from transformers.models.mixtral import modeling_mixtral as mixtral
 
 from mendel.primitives.base import Gene, GeneError, Site
 from mendel.primitives.catalogue import resolve
+from mendel.primitives.channel.experts import product_form
 from mendel.primitives.channel.mlp import ACTIVATIONS, Mlp, MlpConfig, activate, inner_width
-from mendel.primitives.channel.moe import BALANCE_RATE, Moe, MoeConfig, product_form
+from mendel.primitives.channel.moe import Moe, MoeConfig
+from mendel.primitives.channel.router import BALANCE_RATE, Routing
 
 WIDTH = 48
 MIXTURES: dict[str, dict[str, Gene]] = {
@@ -62,26 +61,36 @@ def error(a: Tensor, b: Tensor) -> float:
     return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
 
 
+def router_weight(module: Moe) -> Tensor:
+    assert module.router.weight is not None
+    return module.router.weight
+
+
+def routed(module: Moe, rows: Tensor) -> Routing:
+    return module.router.route(rows[None])
+
+
 def by_the_formula(module: Moe, x: Tensor) -> Tensor:
-    """Token by token and expert by expert, as the docstring of moe.py writes it."""
-    config = module.config
+    """Token by token and expert by expert, as the docstrings of moe.py and router.py write it."""
+    config, experts, router = module.config.router, module.config.experts, module.router
+    assert router.weight is not None
     y = torch.zeros_like(x)
     for index in torch.cartesian_prod(*(torch.arange(n) for n in x.shape[:2])).tolist():
         row = x[*index]
-        logits = module.router @ row
+        logits = router.weight @ row
         scores = logits.sigmoid() if config.score == "sigmoid" else logits.softmax(0)
-        biased = scores + BALANCE_RATE * module.steps if config.balance == "bias" else scores
+        biased = scores + BALANCE_RATE * router.steps if config.balances else scores
         chosen = sorted(range(config.experts), key=lambda e: -biased[e].item())[: config.top_k]
         total = sum((scores[e] for e in chosen), torch.zeros(()))
         for e in chosen:
-            hidden = module.entry[e] @ row
-            if config.gated:
-                up = hidden[config.inner :]
-                hidden = activate(config.activation, hidden[: config.inner]) * up
+            hidden = module.experts.entry[e] @ row
+            if experts.gated:
+                up = hidden[experts.inner :]
+                hidden = activate(experts.activation, hidden[: experts.inner]) * up
             else:
-                hidden = activate(config.activation, hidden)
+                hidden = activate(experts.activation, hidden)
             weight = config.scale * scores[e] / (total if config.renormalise else 1.0)
-            y[*index] += weight * (module.exit[e] @ hidden)
+            y[*index] += weight * (module.experts.exit[e] @ hidden)
         if module.shared is not None:
             y[*index] += module.shared(row[None, None])[0][0, 0]
     return y
@@ -152,92 +161,10 @@ def test_mixtral_at_its_own_width_has_its_published_size() -> None:
     primitive, genes = resolve("mixtral", {})
     config = primitive.configure(Site(4096), genes)
     assert isinstance(config, MoeConfig)
-    assert config.inner == 14336
+    assert config.experts.inner == 14336
     cost = config.cost(1, torch.bfloat16)
     assert cost.params == 4096 * 8 + 8 * 3 * 4096 * 14336
     assert cost.active_params == 4096 * 8 + 2 * 3 * 4096 * 14336
-
-
-@pytest.mark.parametrize("tokens", [1, 33])
-@torch.no_grad()
-def test_mixtral_is_mixtrals_block(tokens: int) -> None:
-    torch.manual_seed(0)
-    ours = moe("mixtral")
-    settings = MixtralConfig(
-        hidden_size=WIDTH, intermediate_size=ours.config.inner, experts_implementation="eager"
-    )
-    theirs, x = mixtral.MixtralSparseMoeBlock(settings).eval(), inputs(tokens)
-    for parameter in theirs.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    ours.router.copy_(theirs.gate.weight)
-    ours.entry.copy_(theirs.experts.gate_up_proj)
-    ours.exit.copy_(theirs.experts.down_proj)
-    assert error(ours(x)[0], theirs(x)) < 1e-5
-
-
-@pytest.mark.parametrize("tokens", [1, 33])
-@torch.no_grad()
-def test_deepseek_moe_is_deepseek_v2s_block(tokens: int) -> None:
-    """transformers has no DeepSeekMoE 16B; V2-Lite's layer, `greedy`, is the same function."""
-    torch.manual_seed(0)
-    ours = moe("deepseek-moe")
-    assert (ours.config.experts, ours.config.top_k, ours.config.shared) == (64, 6, 2)
-    settings = DeepseekV2Config(
-        hidden_size=WIDTH,
-        moe_intermediate_size=ours.config.inner,
-        n_routed_experts=64,
-        num_experts_per_tok=6,
-        n_shared_experts=2,
-        num_attention_heads=4,
-        topk_method="greedy",
-        routed_scaling_factor=1.0,
-        experts_implementation="eager",
-    )
-    theirs, x = deepseek_v2.DeepseekV2Moe(settings).eval(), inputs(tokens)
-    copy_deepseek(ours, theirs)
-    assert error(ours(x)[0], theirs(x)) < 1e-5
-
-
-@torch.no_grad()
-def test_sigmoid_scores_and_a_selection_bias_are_deepseek_v3s() -> None:
-    """With one group: V3's limit to some groups of experts is no axis (yet)."""
-    torch.manual_seed(0)
-    genes: dict[str, Gene] = {"experts": 16, "top_k": 4, "expansion": 0.5, "shared": 1}
-    ours = moe(**genes, score="sigmoid", scale=2.5)
-    settings = DeepseekV3Config(
-        hidden_size=WIDTH,
-        moe_intermediate_size=ours.config.inner,
-        n_routed_experts=16,
-        num_local_experts=16,
-        num_experts_per_tok=4,
-        n_shared_experts=1,
-        n_group=1,
-        topk_group=1,
-        norm_topk_prob=True,
-        routed_scaling_factor=2.5,
-        experts_implementation="eager",
-    )
-    theirs, x = deepseek_v3.DeepseekV3MoE(settings).eval(), inputs()
-    copy_deepseek(ours, theirs)
-    without = ours(x)[0]
-    ours.steps.random_(-200, 200)
-    theirs.gate.e_score_correction_bias.copy_(ours.steps * BALANCE_RATE)
-    assert error(ours(x)[0], theirs(x)) < 1e-5
-    assert error(without, theirs(x)) > 1e-2, "the bias changed no selection"
-
-
-def copy_deepseek(ours: Moe, theirs: nn.Module) -> None:
-    for parameter in theirs.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    ours.router.copy_(theirs.gate.weight)
-    ours.entry.copy_(theirs.experts.gate_up_proj)
-    ours.exit.copy_(theirs.experts.down_proj)
-    assert ours.shared is not None
-    always_on = theirs.shared_experts
-    ours.shared.entry.weight.copy_(
-        torch.cat((always_on.gate_proj.weight, always_on.up_proj.weight))
-    )
-    ours.shared.exit.load_state_dict(always_on.down_proj.state_dict())
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -245,7 +172,7 @@ def copy_deepseek(ours: Moe, theirs: nn.Module) -> None:
 @torch.no_grad()
 def test_a_mixture_is_its_formula(name: str, dtype: torch.dtype) -> None:
     module = moe(**MIXTURES[name]).to(dtype)
-    module.steps.random_(-100, 100)
+    module.router.steps.random_(-100, 100)
     for tokens in (1, 2, 33):
         x = inputs(tokens, dtype)
         limit = 1e-5 if dtype == torch.float32 else 1e-12
@@ -262,9 +189,9 @@ def test_the_forms_of_the_product_agree(dtype: torch.dtype, width: int) -> None:
     assert isinstance(module, Moe)
     x = torch.randn(4, 21, width).to(dtype)
     few, many = 8, 4 * 21 * 2
-    assert product_form(few, module.entry) == "gathered"
+    assert product_form(few, module.experts.entry) == "gathered"
     segments = dtype == torch.float64 or width == 42
-    assert product_form(many, module.entry) == ("segments" if segments else "grouped")
+    assert product_form(many, module.experts.entry) == ("segments" if segments else "grouped")
     results = []
     for pieces in (x.split(21, 1), x.split(1, 1)):
         module.zero_grad()
@@ -282,19 +209,19 @@ def test_the_forms_of_the_product_agree(dtype: torch.dtype, width: int) -> None:
 @torch.no_grad()
 def test_ties_go_to_the_lowest_expert_whatever_the_batch() -> None:
     module = moe(experts=16, top_k=3)
-    module.router.zero_()
+    router_weight(module).zero_()
     for rows in (1, 2, 17, 300, 3000):
-        experts, weights = module.route(torch.randn(rows, WIDTH))
-        assert torch.equal(experts, torch.arange(3).expand(rows, 3))
-        torch.testing.assert_close(weights, torch.full((rows, 3), 1 / 3))
+        routing = routed(module, torch.randn(rows, WIDTH))
+        assert torch.equal(routing.experts, torch.arange(3).expand(rows, 3))
+        torch.testing.assert_close(routing.weights, torch.full((rows, 3), 1 / 3))
 
 
 @torch.no_grad()
 def test_a_token_does_not_depend_on_its_batch() -> None:
     module, x = moe(experts=8, top_k=2), inputs(40, batch=5)
-    whole = module.route(x.flatten(0, 1)).experts.reshape(5, 40, 2)
+    whole = module.router.route(x).experts.reshape(5, 40, 2)
     for i in range(5):
-        assert torch.equal(module.route(x[i]).experts, whole[i])
+        assert torch.equal(routed(module, x[i]).experts, whole[i])
         assert error(module(x[i : i + 1, :1])[0], module(x)[0][i : i + 1, :1]) < 1e-5
 
 
@@ -302,10 +229,10 @@ def test_a_token_does_not_depend_on_its_batch() -> None:
 def test_routing_is_in_float32_for_bf16() -> None:
     module = moe(experts=8, top_k=2).to(torch.bfloat16)
     x = inputs(64, torch.bfloat16)
-    expected = (x.double().flatten(0, 1) @ module.router.double().T).topk(2, -1).indices
-    assert torch.equal(module.route(x.flatten(0, 1)).experts, expected)
+    expected = (x.double().flatten(0, 1) @ router_weight(module).double().T).topk(2, -1).indices
+    assert torch.equal(module.router.route(x).experts, expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert module.route(x.flatten(0, 1)).weights.dtype == torch.float32
+        assert module.router.route(x).weights.dtype == torch.float32
 
 
 def test_autocast_runs_forward_and_backward() -> None:
@@ -321,8 +248,8 @@ def test_the_bias_evens_the_load_and_gets_no_gradient() -> None:
     module = moe(experts=4, top_k=1, score="sigmoid")
     with torch.no_grad():
         # Expert 0 wins everywhere by a little.
-        module.router.mul_(0.01)
-        module.router[0] += 0.02 * torch.ones(WIDTH)
+        router_weight(module).mul_(0.01)
+        router_weight(module)[0] += 0.02 * torch.ones(WIDTH)
     x = inputs(64).abs()
     module(x)
     before = module.statistics()["load"]
@@ -335,35 +262,35 @@ def test_the_bias_evens_the_load_and_gets_no_gradient() -> None:
     assert max(before) > 0.9
     assert max(after) < 0.4
     assert sum(after) == pytest.approx(1.0)
-    assert "steps" not in dict(module.named_parameters())
+    assert "router.steps" not in dict(module.named_parameters())
 
 
 def test_balance_moves_each_bias_by_one_step() -> None:
     module = moe(experts=4, top_k=1)
-    module.counts.copy_(torch.tensor([10, 2, 4, 0]))
+    module.ledger.counts.copy_(torch.tensor([10, 2, 4, 0]))
     module.balance()
-    assert module.steps.tolist() == [-1, 1, 0, 1]
-    assert module.statistics() == {"load": [10 / 16, 2 / 16, 4 / 16, 0.0], "dropped": 0}
-    assert module.counts.sum() == 0
+    assert module.router.steps.tolist() == [-1, 1, 0, 1]
+    assert module.statistics() == {"load": [10 / 16, 2 / 16, 4 / 16, 0.0], "dropped": 0.0}
+    assert module.ledger.counts.sum() == 0
     module.to(torch.bfloat16).to(torch.float32)
-    assert module.steps.tolist() == [-1, 1, 0, 1]
+    assert module.router.steps.tolist() == [-1, 1, 0, 1]
 
 
 def test_only_training_counts() -> None:
     module = moe().eval()
     module(inputs())
-    assert module.counts.sum() == 0
-    assert module.statistics() == {"load": [0.0] * 8, "dropped": 0}
+    assert module.ledger.counts.sum() == 0
+    assert module.statistics() == {"load": [0.0] * 8, "dropped": 0.0}
     module.train()(inputs())
-    assert module.counts.sum() == 2 * 33 * 2
+    assert module.ledger.counts.sum() == 2 * 33 * 2
 
 
 def test_without_balance_no_bias_moves() -> None:
     module = moe(balance="none")
     module(inputs())
     module.balance()
-    assert module.steps.abs().sum() == 0
-    assert module.load.sum() == 2 * 33 * 2
+    assert module.router.steps.abs().sum() == 0
+    assert module.ledger.load.sum() == 2 * 33 * 2
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -371,7 +298,8 @@ def test_a_mixtures_cost_is_the_real_one(name: str) -> None:
     config = moe_config(**MIXTURES[name])
     module, counted = config.build(), config.cost(33, torch.float32)
     assert counted.params == sum(p.numel() for p in module.parameters())
-    idle = (config.experts - config.top_k) * (module.entry[0].numel() + module.exit[0].numel())
+    one = module.experts.entry[0].numel() + module.experts.exit[0].numel()
+    idle = (config.experts.experts - config.router.top_k) * one
     assert counted.active_params == counted.params - idle
     assert counted.state_bytes == module.init_state(1, 33, torch.float32).bytes() == 0
     state = module.init_state(1, 33, torch.float32)
@@ -390,7 +318,7 @@ def test_every_parameter_gets_a_finite_gradient(name: str) -> None:
         assert parameter.grad is not None, label
         assert parameter.grad.isfinite().all(), label
         # One expert of one has nothing to choose.
-        assert parameter.grad.abs().max() > 0 or (name, label) == ("single", "router")
+        assert parameter.grad.abs().max() > 0 or (name, label) == ("single", "router.weight")
 
 
 def test_an_mlps_cost_and_state() -> None:

@@ -197,9 +197,9 @@ def test_on_the_sphere_are_the_maps_of_the_stream_and_no_others() -> None:
         "operators.2.out_proj.weight": 0,
         "operators.3.in_proj.weight": 1,
         "operators.3.out_proj.weight": 0,
-        "operators.4.router": 1,
-        "operators.4.entry": 2,
-        "operators.4.exit": 1,
+        "operators.4.router.weight": 1,
+        "operators.4.experts.entry": 2,
+        "operators.4.experts.exit": 1,
         "operators.4.shared.entry.weight": 1,
         "operators.4.shared.exit.weight": 0,
     }

@@ -39,6 +39,14 @@ GENOMES = {
     "two groups": "[mha(features=@a) | mqa(features=@b)] > [mqa(features=@b) | mha(features=@a)]",
     "parallel": "[mha | mamba2](join=norm) > [mqa | gla | mha](join=sum) > swiglu",
     "experts": "mha > moe > mha > moe(shared=1, balance=none)",
+    "experts with noise and a capacity": (
+        "gshard(experts=4, expansion=1) > noisy-top-k(experts=4, top_k=2) > mha > "
+        "switch(experts=4, expansion=1)"
+    ),
+    "logits of routers and token ids handed on": (
+        "[moe++(experts=4) | hash-layer(experts=4)] > hash-layer(experts=4) > mha > "
+        "moe++(experts=4)"
+    ),
     "scores handed on": "realformer > swiglu > realformer > swiglu > [realformer | mamba2]",
     "routed heads": "moh > swiglu > moh(weights=@r) > moh(weights=@r)",
 }
@@ -190,7 +198,7 @@ def test_a_second_call_leaves_buffers_as_the_first_did(
     gradients(model)
     other = made("mha > moe > mha > moe").train()
     gradients(ordinary(other))
-    loads = [operator.counts for operator in model.operators if hasattr(operator, "counts")]
+    loads = [operator.ledger.counts for operator in model.operators if hasattr(operator, "ledger")]
     assert [int(load.sum()) for load in loads] == [2 * 2 * TOKENS] * 2
     model.after_step()
     assert all(int(load.sum()) == 0 for load in loads)
