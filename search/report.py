@@ -12,6 +12,7 @@ from typing import Any
 from ..genome.cost import DEFAULT_CONTEXT, cost
 from ..genome.files import from_dict
 from ..primitives.base import DTYPES
+from . import loads
 from .figures import curves_figure, hypervolume_figure
 from .figures_front import front_figure
 from .front import Outcome, label_text, outcome_of, shown_value
@@ -234,7 +235,9 @@ def _winners(page: Page, run: RunView, found: Outcome) -> None:
             picture(outline(genome, counted), f"architecture of trial {trial.number}"),
             "<div>",
             _facts(run, trial, found, context, dtype),
-            "</div></div></div>",
+            "</div></div>",
+            _routers(trial),
+            "</div>",
         )
     if len(own) > MOST_WINNERS:
         page.add(
@@ -270,6 +273,13 @@ def _facts(run: RunView, trial: TrialRecord, found: Outcome, context: int, dtype
         ["take it along", f"mendel export {run.folder}:{trial.number} --out winner"],
     ]
     return table(["", "value"], rows, role="facts")
+
+
+def _routers(trial: TrialRecord) -> str:
+    rows = loads.load_rows(trial)
+    if not rows:
+        return ""
+    return table(loads.COLUMNS, rows, numbers=loads.NUMBERS, caption=loads.CAPTION)
 
 
 def _curves(page: Page, run: RunView, found: Outcome) -> None:

@@ -152,5 +152,12 @@ def _result(
         "seconds": 1.5,
         "tokens": 2560,
         "measurements": {"latency_decode": measured},
-        "statistics": {},
+        "statistics": {
+            proxy: {
+                f"slot{i}.{j}": {"load": [0.4, 0.3, 0.2, 0.1], "dropped": 0.05, "entropy": 1.2}
+                for i, j, op in genome.ops()
+                if op.name == "moe"
+            }
+            for proxy in study.proxies
+        },
     }

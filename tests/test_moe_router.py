@@ -410,6 +410,34 @@ def test_a_loss_beside_the_bias() -> None:
     assert module.router.steps.abs().sum() > 0
 
 
+def test_equal_layers_have_equal_configs() -> None:
+    plain = made().config
+    for genes in (
+        {"groups": 4, "top_groups": 4},
+        {"group_score": "top2"},
+        {"special_load": 0.5},
+        {"aux_weight": 0.5},
+    ):
+        assert made(**genes).config == plain
+    hashed = made(choice="hash").config
+    assert made(choice="hash", score="sigmoid", balance="none", renormalise=False).config == hashed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_batch_in_which_no_expert_computes(dtype: torch.dtype) -> None:
+    """All tokens take zero and copy experts, in the form with many pairs."""
+    module = made(experts=2, top_k=2, zero=1, copy=1, renormalise=False).to(dtype)
+    with torch.no_grad():
+        module.router.steps.copy_(torch.tensor([0, 0, 5000, 5000]))
+    x = inputs().to(dtype).requires_grad_()
+    y = module(x)[0]
+    scores = (x @ weight(module).T).softmax(-1)
+    assert error(y, scores[..., 3:] * x) < 1e-5
+    y.square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize(
     ("genes", "sentence"),
     [

@@ -57,6 +57,9 @@ def configure(site: Site, genes: Mapping[str, Gene]) -> MoeConfig:
         raise GeneError("noise=random-second goes with top_k of at least 2")
     inner = inner_width(site.width, number(genes, "expansion"))
     aux = choice(genes, "aux")
+    # What has no effect here is set to one value, so that equal layers have equal configs.
+    limited = whole(genes, "top_groups") < whole(genes, "groups")
+    uneven = special.count and (aux != "none" or capacity)
     return MoeConfig(
         width=site.width,
         router=RouterConfig(
@@ -65,18 +68,18 @@ def configure(site: Site, genes: Mapping[str, Gene]) -> MoeConfig:
             special=special.count,
             choice=who,
             top_k=1 if who == "expert" else top_k,
-            score=choice(genes, "score"),
+            score="softmax" if who == "hash" else choice(genes, "score"),
             # With one expert the quotient is 1 whatever the router says: it would never learn.
             renormalise=flag(genes, "renormalise") and top_k > 1 and who == "token",
             scale=number(genes, "scale"),
             bias=flag(genes, "router_bias"),
             balances=choice(genes, "balance") == "bias" and who == "token",
             noise=choice(genes, "noise"),
-            groups=whole(genes, "groups"),
-            top_groups=min(whole(genes, "top_groups"), whole(genes, "groups")),
-            group_score=choice(genes, "group_score"),
+            groups=whole(genes, "groups") if limited else 1,
+            top_groups=whole(genes, "top_groups") if limited else 1,
+            group_score=choice(genes, "group_score") if limited else "max",
             capacity=capacity,
-            special_load=number(genes, "special_load"),
+            special_load=number(genes, "special_load") if uneven else 1.0,
             residual=flag(genes, "router_residual"),
         ),
         experts=ExpertsConfig(site.width, experts, inner, activation, gated, bias),

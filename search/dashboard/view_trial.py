@@ -10,6 +10,7 @@ from dash.exceptions import PreventUpdate
 
 from ...genome.hash import canonical_hash
 from ...primitives.base import Cost
+from .. import loads
 from ..exports.formats import FORMATS
 from ..figures import curves_figure
 from ..front import label_text, shown_value
@@ -282,6 +283,9 @@ def _results(watched: Watched, trial: TrialRecord) -> list[Child]:
         parts.append(table("Scores per rung", columns, rows, ["rung", "steps", "score"]))
     else:
         parts.append(sentence("No rung of its training has ended, so there is no score."))
+    routed = loads.load_rows(trial)
+    if routed:
+        parts.append(table(loads.CAPTION, loads.COLUMNS, routed, loads.NUMBERS))
     return parts
 
 

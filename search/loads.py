@@ -1,0 +1,49 @@
+"""What a trial's routers did: load, drops and entropy, slot by slot, as rows of a table."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from .records import TrialRecord
+
+COLUMNS = ["slot", "task", "parts", "most loaded", "least loaded", "dropped", "entropy"]
+NUMBERS = COLUMNS[3:]
+CAPTION = "Routers in the last training step of the last rung; 1.00 is an even share of the load"
+_PLACE = re.compile(r"slot(\d+)\.(\d+)$")
+
+
+def load_rows(trial: TrialRecord) -> list[list[str]]:
+    """One row per task and routed operator; none where the trial has no router, or no rung.
+
+    Loads are multiples of the mean, `dropped` is a share of the choices, the entropy of the
+    router's scores is in nats. A cell is empty where an operator has no such number.
+    """
+    rows: list[list[str]] = []
+    if not trial.rungs:
+        return rows
+    for task, said in trial.rungs[-1].statistics.items():
+        if not isinstance(said, dict):
+            continue
+        for key, report in said.items():
+            place = _PLACE.match(key)
+            if place is not None and isinstance(report, dict):
+                slot, branch = place.groups()
+                name = slot if branch == "0" else f"{slot}, branch {branch}"
+                rows += [[name, task, *cells] for cells in _cells(report)]
+    return rows
+
+
+def _cells(report: dict[str, Any]) -> list[list[str]]:
+    found = []
+    for key, noun in (("load", "experts"), ("head_load", "heads")):
+        loads = report.get(key)
+        if not loads or not sum(loads):
+            continue
+        even = sum(loads) / len(loads)
+        own = key == "load"
+        dropped = f"{report['dropped']:.1%}" if own and "dropped" in report else ""
+        entropy = f"{report['entropy']:.3f}" if own and "entropy" in report else ""
+        most, least = (f"{pick(loads) / even:.2f}" for pick in (max, min))
+        found.append([f"{len(loads)} {noun}", most, least, dropped, entropy])
+    return found
