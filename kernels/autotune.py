@@ -155,6 +155,9 @@ def use_tuning(
     before = _now()
     pins = {**before.pins, **checked_pins({} if pins is None else pins)}
     _state = _State(before.mode if mode is None else read_mode(mode), pins)
+    if before.mode == "on" and _state.mode == "stored" and pins == before.pins:
+        # Also what could not be written to disk.
+        _state.chosen.update(before.chosen)
     try:
         yield
     finally:

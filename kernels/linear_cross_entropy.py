@@ -142,10 +142,12 @@ def logit_gradient(
     z = logits.to(accumulator(logits))
     counted = targets != ignore
     at = torch.where(counted, targets, 0)[:, None]
-    normalizer = torch.logsumexp(z, dim=1)
-    losses = normalizer - z.gather(1, at)[:, 0] + z_weight * normalizer.square()
+    log_p = torch.log_softmax(z, dim=1)
+    own = log_p.gather(1, at)[:, 0]
+    normalizer = z.gather(1, at)[:, 0] - own
+    losses = z_weight * normalizer.square() - own
     if wanted:
-        dz = torch.exp(z - normalizer[:, None])
+        dz = log_p.exp_()
         dz *= (counted * (1 + 2 * z_weight * normalizer))[:, None]
         dz.scatter_add_(1, at, -counted.to(z.dtype)[:, None])
         logits.copy_(dz)

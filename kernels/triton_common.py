@@ -26,6 +26,10 @@ DOT = tl.constexpr("tf32x3")
 """How float32 tiles are multiplied: as three TF32 products, on tensor cores, with float32's digits
 but for the last. TF32 alone has three digits; `ieee` compiles into minutes of scalar code."""
 
+LENGTHS = ["T", "N", "H"]
+"""Tokens, chunks and heads: a kernel is compiled once for all of them, not once more for multiples
+of 16 and for 1. Rows are K or V numbers, constants, so loads lose nothing by it."""
+
 OTHERS: tuple[Backend, ...] = ("definition", "chunked")
 
 

@@ -20,6 +20,7 @@ from .autotune import tuned
 from .chunks import Cut
 from .triton_common import (
     DOT,
+    LENGTHS,
     batch_stride,
     check_device,
     check_width,
@@ -190,7 +191,7 @@ def _walk(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 @no_type_check
 def _delta_states(
     k_ptr, erase_ptr, values_ptr, prefix_ptr, start_ptr, before_ptr, writes_ptr, last_ptr,
@@ -250,7 +251,7 @@ def _delta_states(
     tl.store(last_ptr + bh * K * V + entry, S, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 @no_type_check
 def _delta_gradients(
     q_ptr, k_ptr, erase_ptr, do_ptr, prefix_ptr, dlast_ptr, dafter_ptr, dstate_ptr, scale,

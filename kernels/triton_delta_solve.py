@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from .autotune import tuned
 from .triton_common import (
     DOT,
+    LENGTHS,
     batch_stride,
     decay_between,
     full_tile,
@@ -24,8 +25,8 @@ from .triton_common import (
     on_device_of,
     split_prefix,
 )
+from .triton_halves import rows
 from .triton_low_rank import precision, unit_inverse
-from .triton_vector_decay import rows
 
 
 class DeltaSolve(torch.autograd.Function):
@@ -110,7 +111,7 @@ def decays(prefix_ptr, at, half, C: tl.constexpr, DECAY: tl.constexpr):
     return since, between
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 @no_type_check
 def _solve(
     k_ptr, v_ptr, beta_ptr, prefix_ptr, inverse_ptr, values_ptr, erase_ptr,
@@ -151,7 +152,7 @@ def _solve(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 @no_type_check
 def _solve_gradients(
     k_ptr, v_ptr, beta_ptr, prefix_ptr, inverse_ptr, values_ptr, erase_ptr,

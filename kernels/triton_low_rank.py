@@ -25,25 +25,16 @@ from torch.autograd.function import once_differentiable
 from .autotune import tuned
 from .triton_common import (
     DOT,
+    LENGTHS,
     check_device,
     check_width,
     common_dtype,
     full_tile,
     on_device_of,
 )
+from .triton_halves import level_pairs, pair_scores, rows, sums_since, sums_until
 from .triton_step import step, step_serves
-from .triton_vector_decay import (
-    _outputs,
-    chunk_size,
-    decayed,
-    gradients,
-    launch_chunks,
-    level_pairs,
-    pair_scores,
-    rows,
-    sums_since,
-    sums_until,
-)
+from .triton_vector_decay import _outputs, chunk_size, decayed, gradients, launch_chunks
 
 OP = "delta_rule"
 
@@ -250,7 +241,7 @@ def unit_inverse(lower, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.con
     return X
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 @no_type_check
 def _solve(
     a_ptr, b_ptr, k_ptr, v_ptr, g_ptr, inverse_ptr, through_ptr, alone_ptr, T, N, H,
@@ -300,7 +291,7 @@ def _solve(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 @no_type_check
 def _low_rank_states(
     through_ptr, alone_ptr, late_ptr, late_k_ptr, v_ptr, kept_ptr, start_ptr,
@@ -340,7 +331,7 @@ def _low_rank_states(
     tl.store(last_ptr + bh * K * V + entry, S, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 @no_type_check
 def _direct(
     q_ptr, b_ptr, g_ptr, do_ptr, du_ptr, scale, T, N, H,
@@ -366,7 +357,7 @@ def _direct(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 @no_type_check
 def _low_rank_gradients(
     early_ptr, through_ptr, late_ptr, do_ptr, du_ptr, kept_ptr, dlast_ptr,
@@ -402,7 +393,7 @@ def _low_rank_gradients(
     tl.store(dstate_ptr + bh * K * V + entry, dS, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 @no_type_check
 def _solve_gradients(
     a_ptr, b_ptr, k_ptr, v_ptr, u_ptr, g_ptr, inverse_ptr, before_ptr, du_ptr,

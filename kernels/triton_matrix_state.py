@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from .autotune import tuned
 from .triton_common import (
     DOT,
+    LENGTHS,
     batch_stride,
     check_device,
     check_width,
@@ -204,7 +205,7 @@ def launch_chunks(name: str, kernel: Any, q: Tensor, v: Tensor, size: int, *argu
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 @no_type_check
 def _states(
     x_ptr, y_ptr, prefix_ptr, start_ptr, states_ptr, last_ptr,
@@ -257,7 +258,7 @@ def _states(
     tl.store(last_ptr + bh * K * V + entry, S, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 @no_type_check
 def _outputs(
     q_ptr, k_ptr, v_ptr, prefix_ptr, before_ptr, o_ptr, scale,
@@ -318,7 +319,7 @@ def _outputs(
         tl.store(o_ptr + spot, o.to(o_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 @no_type_check
 def _gradients(
     q_ptr, k_ptr, v_ptr, prefix_ptr, before_ptr, do_ptr, dafter_ptr,

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .autotune import tuned
-from .triton_common import DOT, full_tile, on_device_of, tile
+from .triton_common import DOT, LENGTHS, full_tile, on_device_of, tile
+from .triton_halves import level_pairs, pair_scores, rows, sums_since, sums_until
 
 CHUNK = 64
 """Tokens of a chunk; a short sequence takes the power of two that holds it."""
@@ -224,84 +225,7 @@ def launch_chunks(
         )  # fmt: skip
 
 
-@triton.jit
-@no_type_check
-def rows(ptr, token, t, T, row, K: tl.constexpr):
-    """x of the tokens t (C,) in the channels `row`, zero where there are none."""
-    inside = (t[:, None] >= 0) & (t[:, None] < T) & (row[None, :] < K)
-    return tl.load(ptr + token[:, None] * K + row[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-@no_type_check
-def sums_since(earlier, B: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr):
-    """Sums of g from the start of each block of B tokens to the token, itself left out.
-
-    `earlier` (C, TILE) holds, in each row, g of the token before.
-    """
-    first = (tl.arange(0, C) % B == 0)[:, None]
-    blocks = tl.reshape(tl.where(first, 0.0, earlier), (C // B, B, TILE))
-    return tl.reshape(tl.cumsum(blocks, axis=1), (C, TILE))
-
-
-@triton.jit
-@no_type_check
-def sums_until(later, B: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr):
-    """Sums of g from the token, itself left out, to the end of its block of B tokens."""
-    last = (tl.arange(0, C) % B == B - 1)[:, None]
-    blocks = tl.reshape(tl.where(last, 0.0, later), (C // B, B, TILE))
-    return tl.reshape(tl.cumsum(blocks, axis=1, reverse=True), (C, TILE))
-
-
-@triton.jit
-@no_type_check
-def level_pairs(HALF: tl.constexpr, C: tl.constexpr):
-    """The pairs (i, j) of i in the second half and j in the first of one block of 2 HALF tokens."""
-    place = tl.arange(0, C)
-    same = place[:, None] // (2 * HALF) == place[None, :] // (2 * HALF)
-    return same & (place[:, None] // HALF > place[None, :] // HALF)
-
-
-@triton.jit
-@no_type_check
-def pair_scores(
-    x_ptr, y_ptr, g_ptr, bonus_ptr, token, t, T, H, h,
-    K: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, TILE_K: tl.constexpr,
-    PRE: tl.constexpr, DIAGONAL: tl.constexpr,
-):  # fmt: skip
-    """sum_k x_ik exp(G_ik - G_jk) y_jk for j < i, and on the diagonal x_i . y_i.
-
-    With PRE x sees G_{i-1}, and the diagonal, if a bonus is given, is weighed by it.
-    """
-    place = tl.arange(0, C)
-    scores = tl.zeros((C, C), dtype=tl.float32)
-    itself = tl.zeros((C,), dtype=tl.float32)
-    for first in range(0, K, TILE_K):
-        row = first + tl.arange(0, TILE_K)
-        x = rows(x_ptr, token, t, T, row, K)
-        y = rows(y_ptr, token, t, T, row, K)
-        g = rows(g_ptr, token, t, T, row, K).to(tl.float32)
-        earlier = rows(g_ptr, token - H, t - 1, T, row, K).to(tl.float32)
-        later = rows(g_ptr, token + H, t + 1, T, row, K).to(tl.float32)
-        if DIAGONAL:
-            product = x.to(tl.float32) * y.to(tl.float32)
-            if bonus_ptr is not None:
-                u = tl.load(bonus_ptr + h * K + row, mask=row < K, other=0.0)
-                product *= u.to(tl.float32)[None, :]
-            itself += tl.sum(product, axis=1)
-        for level in tl.static_range(LEVELS):
-            since = sums_since(earlier, 1 << level, C, TILE_K)
-            if not PRE:
-                since += g
-            until = sums_until(later, 1 << level, C, TILE_K)
-            left = (x * tl.exp(since)).to(x.dtype)
-            right = (y * tl.exp(until)).to(x.dtype)
-            product = tl.dot(left, tl.trans(right), input_precision=DOT)
-            scores += tl.where(level_pairs(1 << level, C), product, 0.0)
-    return scores + tl.where(place[:, None] == place[None, :], itself[:, None], 0.0)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 @no_type_check
 def _decayed(
     x_ptr, g_ptr, out_ptr, kept_ptr, scale, T, N, H,
@@ -330,7 +254,7 @@ def _decayed(
     tl.store(kept_ptr + (bh * N + n) * K + row, tl.exp(tl.sum(g, axis=0)), mask=row < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 @no_type_check
 def _states(
     x_ptr, y_ptr, kept_ptr, start_ptr, states_ptr, last_ptr, T, N, H,
@@ -360,7 +284,7 @@ def _states(
     tl.store(last_ptr + bh * K * V + entry, S, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 @no_type_check
 def _outputs(
     q_ptr, k_ptr, v_ptr, g_ptr, bonus_ptr, before_ptr, o_ptr, scale, T, N, H,
@@ -403,7 +327,7 @@ def _outputs(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 @no_type_check
 def _gradients(
     q_ptr, k_ptr, v_ptr, g_ptr, bonus_ptr, late_ptr, before_ptr, do_ptr, dafter_ptr,

@@ -21,7 +21,7 @@ from mendel.kernels import (
     triton_vector_decay,
 )
 from mendel.kernels.backend import use_backend
-from mendel.kernels.bench import Case, check
+from mendel.kernels.bench_cases import Case, check
 from mendel.kernels.delta_rule import delta_rule
 from mendel.kernels.diagonal_low_rank import diagonal_low_rank
 from mendel.kernels.diagonal_scan import diagonal_scan

@@ -1,0 +1,83 @@
+"""The operators at real sizes on a GPU, where there is one; the same bodies, small, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu_cases
+import pytest
+import torch
+
+CASES = Path(__file__).with_name("gpu_cases.py")
+SESSION = Path(__file__).parent.parent / "benchmarks" / "gpu_session.sh"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("name", list(gpu_cases.cases("cuda")))
+def test_on_a_gpu(name: str) -> None:
+    dtype, body = gpu_cases.cases("cuda")[name]
+    assert gpu_cases.verdict(dtype, body()) is None
+
+
+@pytest.mark.parametrize("name", list(gpu_cases.cases("cpu")))
+def test_the_same_on_the_cpu(name: str) -> None:
+    dtype, body = gpu_cases.cases("cpu")[name]
+    errors = body()
+    assert errors
+    assert gpu_cases.verdict(dtype, errors) is None
+
+
+def test_what_the_gpu_is_asked() -> None:
+    names = list(gpu_cases.cases("cuda"))
+    assert len(gpu_cases.served("cuda")) >= 12
+    for op, form in gpu_cases.served("cuda"):
+        for kind in ("small", "real"):
+            wanted = f"{kind} {op} {form} bfloat16"
+            assert any(name.startswith(wanted) for name in names), wanted
+    sizes = gpu_cases.SIZES["cuda"]
+    assert sizes.rows * 4096 > 2**31
+    assert sizes.heads * sizes.long_tokens * 128 > 2**31
+
+
+def test_a_wrong_case_has_a_verdict() -> None:
+    assert (
+        gpu_cases.verdict(torch.float32, {"out": 1e-6, "dq": 1e-3}) == "above 0.0001: {'dq': 0.001}"
+    )
+    assert gpu_cases.verdict(torch.float32, {"out": float("nan")}) is not None
+
+
+def test_the_runner_without_pytest(tmp_path: Path) -> None:
+    """What a bare machine runs, with too little time for all: what is not done is no success."""
+    out = tmp_path / "checks.json"
+    ran = subprocess.run(
+        [sys.executable, str(CASES), "--out", str(out), "--workers", "1", "--seconds", "0"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    rows = json.loads(out.read_text())
+    assert ran.returncode == 1, ran.stderr
+    assert [row["case"] for row in rows] == list(gpu_cases.cases("cpu"))
+    assert "not done in time" in {row["wrong"] for row in rows}
+    row = gpu_cases.run("small short_conv None float32 16", "cpu")
+    assert row["wrong"] is None
+    assert row["errors"].keys() >= {"out", "final", "dx", "dweight", "step out"}
+
+
+def test_the_session_says_what_it_lacks() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    ran = subprocess.run(
+        ["bash", str(SESSION)],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 2
+    assert ran.stderr.strip() == "gpu_session: torch sees no CUDA device here"
