@@ -29,6 +29,8 @@ class RopeForm:
     """YaRN: the length, in tokens, of the training that the scaling starts from."""
     grid: tuple[int, int] = (0, 0)
     """Rows and columns of a frame of patches in row-major order; zeros: a line of tokens."""
+    rounded: bool = True
+    """YaRN: the ramp from kept to interpolated pairs ends at whole pairs."""
 
     @property
     def temperature(self) -> float:
@@ -51,8 +53,8 @@ class RopeForm:
     def _interpolated(self, channels: int, theta: float) -> Tensor:
         """YaRN's share of interpolation per pair: a ramp over the pairs' indices.
 
-        As in the authors' code, which all published models follow: the ramp is linear in the index
-        and ends at whole indices, where the paper's is linear in the number of turns.
+        As in the authors' code: the ramp is linear in the index and ends at whole indices, where
+        the paper's is linear in the number of turns. gpt-oss does not round the ends.
         """
 
         def index(turns: float) -> float:
@@ -60,8 +62,9 @@ class RopeForm:
             wavelengths = math.log(self.original / (turns * 2 * math.pi))
             return channels * wavelengths / (2 * math.log(theta))
 
-        low = max(math.floor(index(FAST_TURNS)), 0)
-        high = min(math.ceil(index(SLOW_TURNS)), channels - 1)
+        fast, slow = index(FAST_TURNS), index(SLOW_TURNS)
+        low = max(math.floor(fast) if self.rounded else fast, 0)
+        high = min(math.ceil(slow) if self.rounded else slow, channels - 1)
         ramp = torch.arange(channels // 2, dtype=torch.float64) - low
         return (ramp / max(high - low, 0.001)).clamp(0.0, 1.0)
 

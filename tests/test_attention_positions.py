@@ -163,6 +163,15 @@ SCALINGS: dict[str, tuple[RopeForm, dict[str, Any]]] = {
         RopeForm("yarn", 40.0, 4096),
         {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096},
     ),
+    "yarn-unrounded": (
+        RopeForm("yarn", 32.0, 4096, rounded=False),
+        {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "truncate": False,
+        },
+    ),
     "yarn-short": (
         RopeForm("yarn", 2.0, 8),
         {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8},
@@ -418,6 +427,9 @@ def test_added_positions_leave_nothing_inside() -> None:
 def test_genes_without_effect_leave_the_config_equal() -> None:
     assert config({"rope_factor": 9.0, "rope_original": 70, "grid_width": 3}) == config({})
     assert config({"rope_scaling": "yarn", "rope_factor": 1.0}) == config({})
+    assert config({"rope_rounded": False}) == config({})
+    linear: dict[str, Gene] = {"rope_scaling": "linear"}
+    assert config({**linear, "rope_rounded": False}) == config(linear)
     linear: dict[str, Gene] = {"rope_scaling": "linear"}
     assert config({**linear, "rope_original": 70}) == config(linear)
     none: dict[str, Gene] = {"position": "none"}

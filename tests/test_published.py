@@ -188,6 +188,10 @@ REFERENCES: dict[str, Any] = {
         num_key_value_heads=1,
     ),
     "xlstm-7b": lambda: transformers.xLSTMConfig(),
+    # The classes' defaults are the larger gpt-oss and Qwen3-Next.
+    "gpt-oss-20b": lambda: transformers.GptOssConfig(num_hidden_layers=24, num_local_experts=32),
+    "gpt-oss-120b": lambda: transformers.GptOssConfig(),
+    "qwen3-next-80b-a3b": lambda: transformers.Qwen3NextConfig(),
     "nemotron-h-4b": lambda: nemotron(NEMOTRON, (3072, 12288), 32, (112, 64, 128)),
     "nemotron-h-8b": lambda: nemotron(NEMOTRON, (4096, 21504), 32, (128, 64, 128)),
     "nemotron-h-47b": lambda: nemotron(NEMOTRON_47B, (8192, 30720), 64, (256, 64, 256)),
@@ -313,6 +317,24 @@ def test_samba_is_made_of_mamba_and_mistrals_layers(name: str) -> None:
     assert f"{total // 10**6}m" == name[6:] or f"{total / 1e9:.1f}b" == name[6:]
 
 
+@pytest.mark.parametrize(
+    ("name", "total", "active"), [("gpt-oss-20b", 20.91, 3.61), ("gpt-oss-120b", 116.83, 5.13)]
+)
+def test_gpt_oss_is_as_its_model_card_has_it(name: str, total: float, active: float) -> None:
+    # The card's active parameters are without the embedding, with the head.
+    genome = published.load(name)
+    found = cost(genome).total
+    assert round(found.params / 1e9, 2) == total
+    assert round((found.active_params - genome.vocab * genome.width) / 1e9, 2) == active
+
+
+def test_gpt_osss_windows_hold_128_tokens() -> None:
+    genome = published.load("gpt-oss-20b")
+    sizes = [cost(genome, n, torch.bfloat16).total.state_bytes for n in (128, 1128)]
+    # Half of the 24 layers grow: eight heads of 64 channels, keys and values.
+    assert sizes[1] - sizes[0] == 1000 * 12 * 2 * 8 * 64 * 2
+
+
 def test_mistrals_first_cache_ends_with_its_window() -> None:
     total = cost(published.load("mistral-7b-v0.1"), CONTEXT, torch.bfloat16).total
     assert total.state_bytes == 131_072 * 4096
@@ -361,6 +383,7 @@ def test_the_share_of_attention() -> None:
     assert shares["nemotron-h-56b"] == (10, 64)
     assert shares["falcon-h1-0.5b"] == (36, 72)
     assert shares["recurrentgemma-2b"] == (8, 26)
+    assert shares["qwen3-next-80b-a3b"] == (12, 48)
     assert shares["xlstm-7b"] == (0, 32)
     assert shares["kimi-linear-48b-a3b"] == (7, 27)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..base import Axis, Gene, GeneError, Point, Site
-from ..genes import choice, number, whole
+from ..genes import choice, flag, number, whole
 from ..position import ADDED
 from ..rope import PLAIN, RopeForm
 from .distance import DistanceForm
@@ -38,6 +38,13 @@ POSITION_AXES: tuple[Axis, ...] = (
     ),
     Axis("rope_factor", 4.0, "how much longer rope_scaling makes the context", low=1.0, high=1e4),
     Axis("rope_original", 2048, "tokens of the context that yarn starts from", low=8.0, high=1e8),
+    Axis(
+        "rope_rounded",
+        True,
+        "yarn: the ramp from kept to interpolated pairs ends at whole pairs, as in the authors' "
+        "code; false where its formula does, as in gpt-oss (arXiv 2508.10925)",
+        options=(True, False),
+    ),
     Axis("grid_height", 8, "rope3d: rows of patches in a frame", low=1.0, high=65536.0),
     Axis("grid_width", 8, "rope3d: patches in a row", low=1.0, high=65536.0),
     Axis("t5_buckets", 32, "t5: buckets of distances, each with a bias", low=2.0, high=4096.0),
@@ -118,8 +125,10 @@ def rope_of(genes: Mapping[str, Gene], position: str, head_dim: int) -> tuple[in
             )
     if scaling == "none" or factor == 1.0:
         return channels, theta, RopeForm(grid=grid)
-    original = whole(genes, "rope_original") if scaling == "yarn" else 0
-    return channels, theta, RopeForm(scaling, factor, original, grid)
+    yarn = scaling == "yarn"
+    original = whole(genes, "rope_original") if yarn else 0
+    rounded = flag(genes, "rope_rounded") or not yarn
+    return channels, theta, RopeForm(scaling, factor, original, grid, rounded)
 
 
 def distance_of(
