@@ -113,7 +113,6 @@ def test_what_differs_is_said() -> None:
     found = imported.read({**CONFIGS["deepseek-v3"], "new_trick": 3})
     assert found.differs == (
         "the module that predicts a second token",
-        "the choice among groups of experts",
         "a scaling of RoPE (yarn)",
     )
     assert found.unread == ("new_trick",)

@@ -173,8 +173,9 @@ def deepseek_v2(f: Fields) -> Genome:
     """`DeepseekV2Config`: softmax scores, which the chosen experts keep."""
     f.epsilon("rms_norm_eps")
     f.never("mlp_bias")
+    limits: dict[str, Gene] = {}
     if f.option("topk_method", ("greedy", "group_limited_greedy")) == "group_limited_greedy":
-        f.note("the choice among groups of experts")
+        limits = {"groups": f.whole("n_group"), "top_groups": f.whole("topk_group")}
     f.get("n_group"), f.get("topk_group"), f.get("aux_loss_alpha")
     f.neutral("scoring_func", None, "softmax", what="the scores of the router")
     experts = op(
@@ -185,6 +186,7 @@ def deepseek_v2(f: Fields) -> Genome:
         shared=f.optional("n_shared_experts") or 0,
         renormalise=f.flag("norm_topk_prob"),
         scale=f.number("routed_scaling_factor"),
+        **limits,
         **hidden(f),
     )
     return deepseek_layers(f, latent_attention(f), experts)
@@ -199,21 +201,21 @@ def deepseek_v3(f: Fields) -> Genome:
     if f.whole("num_nextn_predict_layers", low=0):
         f.note("the module that predicts a second token")
     shared = f.optional("n_shared_experts") or 0
-    experts = sigmoid_experts(f, shared=shared, **hidden(f))
+    experts = sigmoid_experts(f, "deepseek-v3-moe", shared=shared, **hidden(f))
     return deepseek_layers(f, latent_attention(f), experts)
 
 
-def sigmoid_experts(f: Fields, **genes: Gene) -> Op:
+def sigmoid_experts(f: Fields, point: str = "moe", **genes: Gene) -> Op:
     """Experts by DeepSeek-V3's router; shared experts and activation are the caller's."""
-    if f.whole("n_group") > 1:
-        f.note("the choice among groups of experts")
-    f.get("topk_group")
     return op(
-        "moe",
+        point,
         experts=f.whole("n_routed_experts"),
         top_k=f.whole("num_experts_per_tok"),
         expansion=expansion(f, "moe_intermediate_size"),
         score="sigmoid",
+        groups=f.whole("n_group"),
+        top_groups=f.whole("topk_group"),
+        group_score="top2",
         renormalise=f.flag("norm_topk_prob"),
         scale=f.number("routed_scaling_factor"),
         **genes,
