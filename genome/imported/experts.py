@@ -205,7 +205,7 @@ def deepseek_v3(f: Fields) -> Genome:
     return deepseek_layers(f, latent_attention(f), experts)
 
 
-def sigmoid_experts(f: Fields, point: str = "moe", **genes: Gene) -> Op:
+def sigmoid_experts(f: Fields, point: str = "moe", /, **genes: Gene) -> Op:
     """Experts by DeepSeek-V3's router; shared experts and activation are the caller's."""
     return op(
         point,
