@@ -149,7 +149,8 @@ def kernels(op: str, entry: str | None = None) -> Callable[..., tuple[Tensor, Te
 
     `entry` names it where a module has several; it is `op` where None.
     """
-    module = import_module(f".triton_{op}", __package__)
+    # By this module's own name, because an export puts both beside each other under longer names.
+    module = import_module(f"{__name__.removesuffix('backend')}triton_{op}")
     return cast(Callable[..., tuple[Tensor, Tensor]], getattr(module, entry or op))
 
 

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from .exports.folder import export, files_of
+from .exports.folder import export
 from .exports.formats import DEFAULT, FORMATS
 from .exports.order import Order
+from .exports.proof import files_of
 from .front import Outcome, label_text, outcome_dict, outcome_of, shown_value
 from .options import WHAT, AsJson, examples
 from .records import TrialRecord
@@ -164,6 +165,7 @@ def report(
     name="export",
     epilog=examples(
         "mendel export quickstart:12 --out winner",
+        "mendel export quickstart:12 --format hf --out model",
         "mendel export '[mamba2 > swiglu]*4' --out plain --force",
     ),
 )
@@ -171,11 +173,22 @@ def export_command(
     what: Annotated[str, typer.Argument(help=WHAT)],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     to: Annotated[str, typer.Option("--format", help=f"One of: {', '.join(FORMATS)}.")] = DEFAULT,
+    proxy: Annotated[
+        str | None,
+        typer.Option(help="Of a trial: the proxy whose weights go along; the text one if absent."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of a training: the seed whose weights go along.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an exported design.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a design as a folder: genome, costs, scores, provenance and a card."""
-    folder = export(Order(find_genome(what)), out, to, force=force)
+    """Write a design as a folder: genome, costs, scores, provenance and a card.
+
+    The format hf is a model for transformers, with the weights that a trial or a
+    training left; it needs torch and transformers alone.
+    """
+    folder = export(Order(find_genome(what), proxy, seed), out, to, force=force)
     files = [p.relative_to(folder).as_posix() for p in files_of(folder)]
     if as_json:
         print_json({"folder": str(folder), "files": files})

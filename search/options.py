@@ -11,7 +11,7 @@ from ..genome.cost import DEFAULT_CONTEXT
 from ..primitives.base import DTYPES
 
 DEFAULT_DTYPE = "bf16"
-WHAT = "A notation, a genome file (.yaml, .json), a preset, or RUN:TRIAL."
+WHAT = "A notation, a genome file (.yaml, .json), a preset, RUN:TRIAL, or a folder of mendel train."
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Context = Annotated[
     int | None,

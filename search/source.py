@@ -1,7 +1,8 @@
-"""What a command's argument means: a notation, STAR's integers, a file, a preset or RUN:TRIAL."""
+"""What a command's argument means: a notation, a file, a preset, RUN:TRIAL, a training's folder."""
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,14 @@ from ..primitives.catalogue import names
 from ..primitives.nearest import nearest, unknown
 from .records import TrialRecord
 from .run import RunView, open_run
+from .store import read_json
 from .terminal import Mistake
 
 RUNS = Path("runs")
 """Where a run is looked for by its bare name."""
+
+PLAN = "plan.json"
+"""In the folder of `mendel train`: what is trained there."""
 
 _TRIAL = re.compile(r"(?P<run>.+):(?P<trial>\d+)")
 _STAR = re.compile(r"\s*[\d.]{5,}(\s*-\s*[\d.]{5,})*\s*")
@@ -28,13 +33,15 @@ _SUFFIXES = (".yaml", ".yml", ".json")
 
 @dataclass(frozen=True)
 class Source:
-    """A genome and where it came from; `run` and `trial` are set where it is a trial's."""
+    """A genome and where it came from; `run` and `trial` are set where it is a trial's, `training`
+    where it is the folder of a `mendel train`."""
 
     text: str
     name: str
     genome: Genome
     run: RunView | None = None
     trial: TrialRecord | None = None
+    training: Path | None = None
 
 
 def find_run(text: str) -> RunView:
@@ -67,6 +74,10 @@ def _find(text: str, width: int | None, depth: int | None) -> Source:
     if path.suffix in _SUFFIXES:
         _no_scale(text, "a file", width, depth)
         return Source(text, path.stem, load(path))
+    # Not the path's own method, which raises for the length of some notations.
+    if os.path.isfile(path / PLAN):
+        _no_scale(text, "a training", width, depth)
+        return Source(text, path.resolve().name, _planned(path / PLAN), training=path)
     match = _TRIAL.fullmatch(text)
     if match is not None:
         _no_scale(text, "a trial", width, depth)
@@ -92,6 +103,14 @@ def _find(text: str, width: int | None, depth: int | None) -> Source:
     if depth is not None:
         raise Mistake("--depth is for presets; a notation has the slots that it names")
     return Source(text, "genome", parse(text, width=DEFAULT_WIDTH if width is None else width))
+
+
+def _planned(path: Path) -> Genome:
+    """The genome of a training's plan."""
+    try:
+        return from_dict(read_json(path).get("genome"))
+    except (OSError, ValueError) as error:
+        raise Mistake(f"{path}: {error}") from None
 
 
 def _is_word(text: str) -> bool:

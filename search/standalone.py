@@ -17,7 +17,9 @@ from ..proxies.recipe import TrainConfig
 from ..proxies.tasks import ProxyConfig, make_task
 from ..proxies.train import Diverged, Training
 from .figures import curves_figure
+from .measure import device_name
 from .page import Page, table, text
+from .source import PLAN
 from .store import difference, write_json, write_text
 from .terminal import Mistake, clean
 
@@ -57,7 +59,7 @@ def claim(plan: Plan, out: Path) -> None:
     """Make the folder for this plan, or take up one that holds the same plan.
 
     Raises Mistake where the folder holds something else; nothing is touched then."""
-    path = out / "plan.json"
+    path = out / PLAN
     if path.is_file():
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
@@ -137,6 +139,7 @@ def train_seed(plan: Plan, seed: int, out: Path, progress: Progress) -> dict[str
         "chance": task.chance,
         "statistics": training.statistics() if training.step else {},
         "data": task.describe(),
+        "device": device_name(plan.device),
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "curve.json", clean(training.curve))

@@ -1,10 +1,18 @@
 """Shapes are checked in every test: jaxtyping wraps the typed functions as they are imported."""
 
+import os
+import tempfile
+
 import torch
 from jaxtyping import install_import_hook
 
 # An int is a float here, as type checkers take it (PEP 484).
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+
+# Code of exported models is copied there when transformers loads it; and nothing asks a hub.
+_MODULES = tempfile.TemporaryDirectory(prefix="mendel-modules-")
+os.environ["HF_MODULES_CACHE"] = _MODULES.name
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 install_import_hook(["mendel.kernels", "mendel.primitives"], CHECKER)
 torch.set_num_threads(1)

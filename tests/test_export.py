@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from runs import made_run
@@ -87,7 +88,7 @@ def test_costs_are_the_genome_s(winner: Source, tmp_path: Path) -> None:
 
 def test_the_card_says_what_it_is_not(winner: Source, tmp_path: Path) -> None:
     card = (export(Order(winner), tmp_path / "out") / "README.md").read_text()
-    assert "not from a language model" in card
+    assert "not a language model" in card
     assert "transformer++" in card
     assert "No weights" in card
 
@@ -122,10 +123,11 @@ def test_what_cannot_be_read_back_is_not_handed_over(
     winner: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A disk that loses a byte, at the one place where the folder is written.
-    def losing(order: Order, folder: Path) -> None:
-        write_genome(order, folder)
+    def losing(order: Order, folder: Path) -> dict[str, Any]:
+        more = write_genome(order, folder)
         path = folder / "genome.yaml"
         path.write_text(path.read_text().replace("width: 32", "width: 64"))
+        return more
 
     monkeypatch.setitem(FORMATS, "genome", Format("genome", "", losing))
     with pytest.raises(RuntimeError, match="not the genome that was meant"):

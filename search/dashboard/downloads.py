@@ -11,9 +11,10 @@ from pathlib import Path
 from flask import Flask, Response, request
 
 from ...genome.files import from_dict
-from ..exports.folder import export, files_of
+from ..exports.folder import export
 from ..exports.formats import DEFAULT, FORMATS
 from ..exports.order import Order
+from ..exports.proof import files_of
 from ..source import Source
 from ..terminal import Mistake
 from .designs import UNREADABLE, design, drawing

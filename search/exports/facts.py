@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,10 @@ from ...genome.genome import GRAMMAR_VERSION, Genome
 from ...genome.hash import canonical_hash
 from ...genome.notation import show as notation
 from ...primitives.base import DTYPES
+from ..provenance import commit, versions
 from ..records import TrialRecord
-from ..source import Source
-from ..store import now
-from ..terminal import clean
+from ..source import PLAN, Source
+from ..store import now, read_json
 from .order import Order
 
 CONTEXTS = (DEFAULT_CONTEXT, 65_536)
@@ -24,9 +22,10 @@ COST_DTYPES = ("bf16", "fp32")
 
 VERSION = version("mendel")
 
-
-def write(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(clean(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+LIMITS = (
+    "Trained on proxies, not a language model: scores come from small proxy tasks in short "
+    "trainings and rank designs at this size and budget."
+)
 
 
 def costs(genome: Genome) -> dict[str, Any]:
@@ -55,15 +54,14 @@ def _costs_at(genome: Genome, context: int, dtype: str) -> dict[str, Any]:
 
 
 def scores(source: Source) -> dict[str, Any]:
-    """Per proxy the scores and steps of every rung, and the baselines of the same budget."""
+    """Per proxy the scores and steps of every rung with the conditions of what was measured, and
+    the baselines of the same budget; of a training the spread over its seeds."""
+    found: dict[str, Any] = {"proxies": {}, "seeds": [], "rungs": [], "baselines": {}}
+    if source.training is not None:
+        return {**found, **_training_scores(source.training)}
     if source.trial is None or source.run is None:
-        return {
-            "proxies": {},
-            "seeds": [],
-            "rungs": [],
-            "baselines": {},
-            "note": "the design was exported without a run, so nothing was trained",
-        }
+        note = "the design was exported without a run, so nothing was trained"
+        return {**found, "note": note}
     study = source.run.study
     return {
         "proxies": {name: p.model_dump(mode="json") for name, p in study.proxies.items()},
@@ -80,12 +78,26 @@ def scores(source: Source) -> dict[str, Any]:
     }
 
 
+def _training_scores(folder: Path) -> dict[str, Any]:
+    """What `mendel train` wrote; empty scores where it has not ended."""
+    held = read_json(folder / "scores.json")
+    proxy = read_json(folder / PLAN).get("proxy", {})
+    note = "spread over the seeds; no baselines were trained beside it"
+    return {
+        "proxies": {str(proxy.get("task")): proxy},
+        "seeds": [row.get("seed") for row in held.get("seeds", [])],
+        "note": note if held else "the training has not ended",
+        "summary": held.get("summary", {}),
+        "trainings": held.get("seeds", []),
+    }
+
+
 def _rungs(trial: TrialRecord) -> list[dict[str, Any]]:
     return [dict(rung) for rung in trial.as_dict()["rungs"]]
 
 
-def provenance(order: Order, to: str, hashes: Mapping[str, str]) -> dict[str, Any]:
-    """Where the design came from, and the sha256 of every other file of the folder."""
+def provenance(order: Order, to: str) -> dict[str, Any]:
+    """Where the design came from, in a format of that name."""
     source = order.source
     facts: dict[str, Any] = {
         "exported": now(),
@@ -97,7 +109,9 @@ def provenance(order: Order, to: str, hashes: Mapping[str, str]) -> dict[str, An
             "notation": notation(source.genome),
         },
         "source": source.text,
-        "files": dict(hashes),
+        "versions": versions(),
+        "commit": commit(),
+        "limits": LIMITS,
     }
     if source.trial is not None and source.run is not None:
         trial = source.trial

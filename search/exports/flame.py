@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ...genome.cost import cost
 from ..terminal import Mistake
 from .card import card
-from .facts import write
 from .fla import NotExpressible, fla_config
 from .genome import write_design
 from .order import Order
+from .proof import write
 
 CONFIG = "config.json"
 
@@ -64,7 +65,7 @@ NGPU=${{NGPU:-1}} bash train.sh \\
 """
 
 
-def write_flame(order: Order, folder: Path) -> None:
+def write_flame(order: Order, folder: Path) -> dict[str, Any]:
     """Write configuration, command, genome, costs, scores and card.
 
     Raises Mistake with the slot that no model of flash-linear-attention has.
@@ -86,3 +87,4 @@ def write_flame(order: Order, folder: Path) -> None:
     uses = (f"bash {name}/train.sh {name}    # in a checkout of flame",)
     page = card(order.source, weights=WEIGHTLESS, files=FILES, uses=uses)
     (folder / "README.md").write_text(page, encoding="utf-8")
+    return {}

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from ...genome.files import load
 from ...genome.notation import parse
 from ...genome.notation import show as notation
-from ..store import read_json
 from ..terminal import Mistake
-from .facts import provenance, write
+from .facts import provenance
 from .formats import DEFAULT, FORMATS
 from .order import Order
-
-PROVENANCE = "provenance.json"
-"""Holds the sha256 of every other file, by its path in the folder."""
+from .proof import PROVENANCE, differences, read_facts, seal
 
 
 def export(order: Order, out: Path, to: str = DEFAULT, *, force: bool = False) -> Path:
@@ -30,13 +24,16 @@ def export(order: Order, out: Path, to: str = DEFAULT, *, force: bool = False) -
     """
     if to not in FORMATS:
         raise Mistake(f"--format is one of {', '.join(FORMATS)}, not {to!r}")
+    if (order.proxy is not None or order.seed is not None) and not FORMATS[to].weights:
+        with_weights = [f.name for f in FORMATS.values() if f.weights]
+        raise Mistake(f"--proxy and --seed choose weights: for --format {', '.join(with_weights)}")
     _require_free(out, force)
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = out.with_name(f".{out.name}.{os.getpid()}.part")
     scratch.mkdir()
     try:
-        FORMATS[to].write(order, scratch)
-        write(scratch / PROVENANCE, provenance(order, to, hashes(scratch)))
+        more = FORMATS[to].write(order, scratch)
+        seal(scratch, {**provenance(order, to), **more})
         check(order, scratch)
         if out.exists():
             shutil.rmtree(out)
@@ -63,30 +60,6 @@ def is_export(folder: Path) -> bool:
     return "mendel" in facts and isinstance(facts.get("files"), dict)
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
-    """What provenance.json holds; empty where there is none that can be read."""
-    try:
-        return read_json(folder / PROVENANCE)
-    except (OSError, ValueError):
-        return {}
-
-
-def files_of(folder: Path) -> list[Path]:
-    """Every file below a folder, in order."""
-    return sorted(p for p in folder.rglob("*") if p.is_file())
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """The sha256 of every file but provenance.json, by its path in the folder."""
-    named = {p.relative_to(folder).as_posix(): p for p in files_of(folder)}
-    return {name: sha256(path) for name, path in named.items() if name != PROVENANCE}
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def check(order: Order, folder: Path) -> None:
     """Read everything back; raises RuntimeError where it is not what was meant."""
     genome = order.source.genome
@@ -95,6 +68,6 @@ def check(order: Order, folder: Path) -> None:
             raise RuntimeError(f"{path}: what was written is not the genome that was meant")
     if parse(notation(genome)) != genome:
         raise RuntimeError(f"{folder}: the notation does not give the genome back")
-    proof = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-    if proof["files"] != hashes(folder):
-        raise RuntimeError(f"{folder}: a file changed while it was written")
+    wrong = differences(folder, read_facts(folder))
+    if wrong:
+        raise RuntimeError(f"{folder / PROVENANCE}: {wrong[0]} while it was written")

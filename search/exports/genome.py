@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ...genome.files import dump
 from .card import card
-from .facts import costs, scores, write
+from .facts import costs, scores
 from .order import Order
+from .proof import write
 
 FILES = (
     "`genome.yaml` and `genome.json` hold the design, `costs.json` what it costs, `scores.json` "
@@ -18,7 +20,7 @@ FILES = (
 WEIGHTLESS = "No weights are in this folder."
 
 
-def write_genome(order: Order, folder: Path) -> None:
+def write_genome(order: Order, folder: Path) -> dict[str, Any]:
     """Write genome, costs, scores and card."""
     write_design(order, folder)
     uses = (
@@ -27,6 +29,7 @@ def write_genome(order: Order, folder: Path) -> None:
     )
     text = card(order.source, weights=WEIGHTLESS, files=FILES, uses=uses)
     (folder / "README.md").write_text(text, encoding="utf-8")
+    return {}
 
 
 def write_design(order: Order, folder: Path) -> None:
