@@ -1,8 +1,9 @@
-"""Commands that look at a run: front, report, export."""
+"""Commands that look at a run or take a design along: front, report, export, verify."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from .exports.folder import export
 from .exports.formats import DEFAULT, FORMATS
 from .exports.order import Order
 from .exports.proof import files_of
+from .exports.verify import verify
 from .front import Outcome, label_text, outcome_dict, outcome_of, shown_value
 from .options import WHAT, AsJson, examples
 from .records import TrialRecord
@@ -194,3 +196,34 @@ def export_command(
         print_json({"folder": str(folder), "files": files})
     else:
         say(f"Wrote {folder}: {', '.join(files)}; all read back and compared.")
+
+
+@app.command(
+    name="verify",
+    epilog=examples("mendel verify my-design", "mendel verify model --json"),
+)
+def verify_command(
+    folder: Annotated[Path, typer.Argument(help="A folder that mendel export wrote.")],
+    as_json: AsJson = False,
+) -> int:
+    """Prove an export: its files, its genome, and of a model that it is the one that was trained.
+
+    A model's own code is run, so verify folders that you trust. The exit code is 1
+    where a check failed.
+    """
+    found = list(verify(folder))
+    failed = [r.name for r in found if r.state == "failed"]
+    if as_json:
+        print_json(
+            {
+                "folder": str(folder),
+                "verified": not failed,
+                "checks": [asdict(r) for r in found],
+            }
+        )
+    else:
+        rows = [[r.name, r.state, r.said] for r in found]
+        styles = ["bold red" if r.state == "failed" else None for r in found]
+        print_table(["check", "", "found"], rows, fold=["found"], styles=styles)
+        say(f"{folder}: failed: {', '.join(failed)}" if failed else f"{folder} is verified.")
+    return 1 if failed else 0

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     # transformers takes this class for that of another model if the files that it names are equal;
     # then it takes that model's code too. So it names all files.
     from .mendel_parts import CLASSES as CLASSES
+    from .modeling_mendel import MendelForCausalLM as MendelForCausalLM
 
 
 class MendelConfig(PreTrainedConfig):  # type: ignore[misc]

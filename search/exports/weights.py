@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,7 @@ def read(folder: Path, name: str, genome: Genome) -> Weights:
     tensors, facts = checkpoint.read(folder)
     try:
         identity, step, lr = facts["identity"], int(facts["run"]["step"]), float(facts["lr"])
-        own = identity["genome"] == json.loads(json.dumps(asdict(genome)))
+        own = _is_of(identity["genome"], genome)
     except (KeyError, TypeError, ValueError):
         raise Mistake(f"{folder} holds a checkpoint without the facts of its training") from None
     if not own:
@@ -144,3 +144,10 @@ def read(folder: Path, name: str, genome: Genome) -> Weights:
         lr,
         sha256(folder / checkpoint.FILE),
     )
+
+
+def _is_of(saved: Mapping[str, Any], genome: Genome) -> bool:
+    """Whether a checkpoint's genome is this one; a header that has grown since has its defaults."""
+    defaults = {f.name: f.default for f in fields(Genome)}
+    held = {name: saved.get(name, defaults[name]) for name in defaults}
+    return saved.keys() <= defaults.keys() and held == json.loads(json.dumps(asdict(genome)))

@@ -1,0 +1,160 @@
+"""Proof of an export: each check is run and named, and the first that fails is told.
+
+Checks of a model run its own code, as a stranger's machine would; so verify folders that you trust.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...genome.files import GenomeFileError, load
+from ...genome.genome import GRAMMAR_VERSION, Genome
+from ...genome.hash import canonical_hash
+from ...genome.notation import NotationError, parse
+from ..terminal import Mistake, clean
+from .facts import VERSION, costs
+from .folder import is_export
+from .formats import FORMATS
+from .proof import PROVENANCE, differences, read_facts
+
+
+class Failed(Exception):
+    """What a check found, as a sentence."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One check: its name, `passed`, `failed` or `skipped`, and what is to be said of it."""
+
+    name: str
+    state: str
+    said: str = ""
+
+
+class Skipped(Exception):
+    """Why there was nothing to check, as a sentence."""
+
+
+class Check(NamedTuple):
+    """A name, and what gives a remark or raises Failed or Skipped. Where the check of a gate fails,
+    those after it have nothing to stand on."""
+
+    name: str
+    run: Callable[[], str]
+    gate: bool = False
+
+
+def verify(folder: Path) -> Iterator[Result]:
+    """The checks of an export one after the other, all of them but those that a failure makes
+    pointless. Raises Mistake where the folder is no export or of a newer grammar or format."""
+    if not folder.is_dir():
+        raise Mistake(f"{folder} is no folder")
+    if not (folder / PROVENANCE).is_file():
+        raise Mistake(f"{folder} is no export: {PROVENANCE} is missing")
+    facts = read_facts(folder)
+    if not is_export(folder):
+        yield Result("files", "failed", f"{PROVENANCE} is not what an export writes")
+        return
+    _require_readable(folder, facts)
+    yield from run([Check("files", lambda: _files(folder, facts)), *_design(folder, facts)])
+    if facts["format"] == "hf":
+        # Not at the top: only this needs transformers.
+        from .verify_model import checks
+
+        yield from run(checks(folder, facts))
+
+
+def run(checks: list[Check]) -> Iterator[Result]:
+    """The results of checks; a fault in what is checked is a failure too."""
+    for check in checks:
+        try:
+            yield Result(check.name, "passed", check.run())
+            continue
+        except Skipped as error:
+            yield Result(check.name, "skipped", str(error))
+            continue
+        except Mistake:
+            raise
+        except Failed as error:
+            yield Result(check.name, "failed", str(error))
+        except Exception as error:
+            words = " ".join(str(error).split())
+            yield Result(check.name, "failed", f"{type(error).__name__}: {words}")
+        if check.gate:
+            return
+
+
+def _require_readable(folder: Path, facts: dict[str, Any]) -> None:
+    """Raises Mistake where a newer version of Mendel wrote the folder."""
+    genome = facts.get("genome")
+    grammar = genome.get("grammar") if isinstance(genome, dict) else None
+    if isinstance(grammar, int) and grammar > GRAMMAR_VERSION:
+        raise Mistake(
+            f"{folder}: grammar {grammar} is newer than this version of mendel, which reads "
+            f"grammar {GRAMMAR_VERSION}"
+        )
+    if facts.get("format") not in FORMATS:
+        raise Mistake(
+            f"{folder}: the format {facts.get('format')!r} is none that this version of mendel "
+            f"reads: {', '.join(FORMATS)}"
+        )
+
+
+def _files(folder: Path, facts: dict[str, Any]) -> str:
+    wrong = differences(folder, facts)
+    if wrong:
+        raise Failed("; ".join(wrong))
+    return f"{len(facts['files']) + 1} files are as they were written"
+
+
+def _design(folder: Path, facts: dict[str, Any]) -> list[Check]:
+    """The checks of the genome and of what follows from it."""
+    told = facts["genome"]
+
+    def genome() -> str:
+        try:
+            found = parse(told["notation"])
+            for path in _genome_files(folder):
+                if load(path) != found:
+                    raise Failed(f"{path.name} is another genome than {PROVENANCE} names")
+        except (GenomeFileError, NotationError) as error:
+            raise Failed(str(error)) from None
+        return str(told["notation"])
+
+    def same_hash() -> str:
+        found = canonical_hash(parse(told["notation"]))
+        if found != told["hash"]:
+            if facts["mendel"] != VERSION:
+                # A config that gained a field changes hashes; the genome itself is checked above.
+                raise Skipped(f"written by mendel {facts['mendel']}, whose hashes differ")
+            raise Failed(f"the genome's hash is {found}, and {PROVENANCE} has {told['hash']}")
+        return str(found)
+
+    def same_costs() -> str:
+        path = folder / "costs.json"
+        if not path.exists():
+            raise Skipped("the format holds no costs")
+        written = json.loads(path.read_text(encoding="utf-8"))
+        counted = clean(costs(parse(told["notation"])))
+        if written != json.loads(json.dumps(counted)):
+            raise Failed("costs.json is not what this version of mendel counts for the genome")
+        return f"{written['params']:,} parameters"
+
+    return [
+        Check("genome", genome, gate=True),
+        Check("hash", same_hash),
+        Check("costs", same_costs),
+    ]
+
+
+def _genome_files(folder: Path) -> list[Path]:
+    return [p for p in (folder / "genome.yaml", folder / "genome.json") if p.exists()]
+
+
+def genome_of(facts: dict[str, Any]) -> Genome:
+    """The genome that provenance.json names."""
+    return parse(facts["genome"]["notation"])
