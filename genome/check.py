@@ -75,6 +75,7 @@ def wide_space(width: int = 32) -> Space:
             "residual": list(RESIDUALS),
             "tied": [True, False],
             "join": list(JOINS),
+            "tokens": [1.0, 0.4],
             "operators": operators,
             "pattern": "free",
             "parallel": {"branches": 3, "share": 0.3},

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..primitives.base import Cost
 from ..primitives.position import LearnedPosition
 from .genome import Genome
-from .residual import block_params, embedding_params, head_params
+from .residual import block_params, embedding_params, head_params, router_rows
 from .resolve import configs
+from .routing import passing
 
 DEFAULT_CONTEXT = 4096
 """Tokens; the context of STAR's cache objective (arXiv 2411.17800)."""
@@ -21,7 +22,9 @@ class ModelCost:
     """Costs per slot (norms and scalings included), of the embedding, of the head, and whole.
 
     Weights that several slots share count in the first of them and nowhere else; so do the bytes of
-    shared keys and values. FLOPs count wherever the work is done.
+    shared keys and values. FLOPs count wherever the work is done. Of a slot that takes a share of
+    the tokens they are those of its shorter sequence, per token of the whole one; its cache has
+    room for all, because decoding bounds nothing, and its weights are active.
     """
 
     slots: tuple[Cost, ...]
@@ -48,9 +51,15 @@ def cost(
     slots = []
     for slot, row in zip(genome.slots, configs(genome), strict=True):
         own = block_params(genome, slot)
-        total = Cost(own, own)
+        inside = passing(slot.tokens, context) if slot.tokens != 1 else context
+        share = inside / context
+        gate, depth = (2.0 * genome.width * rows for rows in router_rows(genome, slot))
+        total = Cost(own, own, depth + gate * share)
         for op, config in zip(slot.branches, row, strict=True):
             part = config.cost(context, dtype)
+            if inside != context:
+                flops = config.cost(inside, dtype).flops_per_token * share
+                part = replace(part, flops_per_token=flops)
             if op.weights is not None and op.weights in seen:
                 part = Cost(0, 0, part.flops_per_token, part.state_bytes)
             if op.weights is not None:

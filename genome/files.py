@@ -3,7 +3,10 @@
 {"grammar": 1, "width": 64, "position": "rope", ..., "slots": [
     {"op": "mamba2"},
     {"parallel": [{"op": "gqa", "genes": {"kv_heads": 2}, "features": "a"}, {"op": "mamba2"}],
-     "join": "mean"}]}
+     "join": "mean"},
+    {"parallel": [{"op": "mha"}], "join": "mean", "tokens": 0.5}]}
+
+A slot's `tokens` stand there where some pass it by, also with one operator.
 """
 
 from __future__ import annotations
@@ -19,7 +22,17 @@ from ..primitives.base import Gene, GeneError, show_gene
 from ..primitives.catalogue import find
 from ..primitives.nearest import nearest
 from .genome import GRAMMAR_VERSION, Genome, Op, Slot
-from .header import HEADER, JOIN, LABEL, MAX_SLOTS, header_of, with_header
+from .header import (
+    HEADER,
+    JOIN,
+    LABEL,
+    MAX_SLOTS,
+    SLOT,
+    TOKENS,
+    header_of,
+    slot_of,
+    with_header,
+)
 
 _SUFFIXES = (".json", ".yaml", ".yml")
 
@@ -121,9 +134,10 @@ def _suffix(path: Path) -> str:
 
 def _slot_to_dict(slot: Slot) -> dict[str, Any]:
     ops = [_op_to_dict(op) for op in slot.branches]
-    if len(ops) == 1 and slot.join == JOIN.default:
+    if len(ops) == 1 and slot.join == JOIN.default and slot.tokens == TOKENS.default:
         return ops[0]
-    return {"parallel": ops, "join": slot.join}
+    tokens = {} if slot.tokens == TOKENS.default else {"tokens": slot.tokens}
+    return {"parallel": ops, "join": slot.join, **tokens}
 
 
 def _op_to_dict(op: Op) -> dict[str, Any]:
@@ -141,18 +155,20 @@ def _slot_from_dict(data: Any, where: str) -> Slot:
     data = _mapping(data, where)
     if "parallel" not in data:
         return Slot((_op_from_dict(data, where),))
-    _only(data, ["parallel", "join"], where)
+    _only(data, ["parallel", *(axis.name for axis in SLOT)], where)
     branches = data["parallel"]
     if not isinstance(branches, list) or not branches:
         raise GenomeFileError(
             f"{where}.parallel is a list of one operator or more, not {_show(branches)}"
         )
     ops = [_op_from_dict(op, f"{where}.parallel[{i}]") for i, op in enumerate(branches)]
-    try:
-        join = JOIN.check(data.get("join", JOIN.default))
-    except GeneError as error:
-        raise GenomeFileError(f"{where}.join: {error}") from None
-    return Slot(tuple(ops), str(join))
+    genes: dict[str, Gene] = {}
+    for axis in SLOT:
+        try:
+            genes[axis.name] = axis.check(data.get(axis.name, axis.default))
+        except GeneError as error:
+            raise GenomeFileError(f"{where}.{axis.name}: {error}") from None
+    return slot_of(ops, genes)
 
 
 def _op_from_dict(data: Any, where: str) -> Op:

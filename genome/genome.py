@@ -14,7 +14,7 @@ GRAMMAR_VERSION = 1
 POSITIONS = ("rope", "alibi", "t5", "xl", "learned", "sinusoidal", "none")
 PLACEMENTS = ("pre", "post", "sandwich")
 RESIDUALS = ("plain", "layerscale", "rezero", "reversible", "ngpt")
-JOINS = ("mean", "sum", "norm")
+JOINS = ("mean", "sum", "norm", "gate", "top1")
 BYTE_VOCAB = 256
 
 
@@ -45,11 +45,15 @@ class Slot:
     """One residual position: norm, one operator or several in parallel, the join, the addition.
 
     `join` says how parallel branches become one (with one branch it has no effect): their mean,
-    their sum, or the mean after a norm of each branch (Hymba, arXiv 2411.13676).
+    their sum, the mean after a norm of each branch (Hymba, arXiv 2411.13676), or what a router says
+    of every token: `gate` weights the branches, `top1` takes the best one. `tokens` is the share of
+    the tokens that go through the slot; the others pass it by (Mixture-of-Depths, arXiv
+    2404.02258). `routing.py` has the routers.
     """
 
     branches: tuple[Op, ...]
     join: str = "mean"
+    tokens: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ def graph(genome: Genome) -> nx.DiGraph[str]:
     before the head, and the sum of a reversible backbone's two streams, stand in slot
     `len(genome.slots)`, a norm after the embedding in slot 0). The embedding says which position
     encoding is `added` to it: what the operators' configs do not hold. An operator `slot3.1` has
-    its `config`, its `op` and its `primitive` (the row's name); a join its `join`.
+    its `config`, its `op` and its `primitive` (the row's name); a join its `join`; an addition the
+    share of `tokens` that its slot takes.
     Edges have a `kind`: `data` follows the residual stream; `weights` goes from the first operator
     of a group to each other one, `features` from the lender to each borrower.
     """
@@ -71,6 +72,7 @@ def graph(genome: Genome) -> nx.DiGraph[str]:
         if within:
             result = _after(made, result, f"{name}.norm2", "norm", i)
         added = _after(made, result, f"{name}.add", "add", i)
+        made.nodes[added]["tokens"] = slot.tokens
         made.add_edge(streams[own], added, kind="data")
         streams[own] = _after(made, added, f"{name}.norm", "norm", i) if after else added
     stream = streams[0]

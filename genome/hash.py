@@ -41,6 +41,7 @@ def canonical_form(genome: Genome) -> tuple[Any, ...]:
     if entry_norm(genome) != "none":
         norms = (*norms, "embedding")
     joins: dict[int, str] = {}
+    parts: dict[int, float] = {}
     sharing = _Sharing(made)
     for node, data in made.nodes(data=True):
         if data["kind"] == "operator":
@@ -48,7 +49,10 @@ def canonical_form(genome: Genome) -> tuple[Any, ...]:
             sharing.slots[node] = data["slot"]
         elif data["kind"] == "join":
             joins[data["slot"]] = data["join"]
-    return (head, norms, tuple(sorted(joins.items())), _smallest(sharing))
+        elif data.get("tokens", 1.0) != 1:
+            parts[data["slot"]] = data["tokens"]
+    form = (head, norms, tuple(sorted(joins.items())), _smallest(sharing))
+    return (*form, tuple(sorted(parts.items()))) if parts else form
 
 
 class _Sharing:

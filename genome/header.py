@@ -15,6 +15,7 @@ from .genome import (
     POSITIONS,
     RESIDUALS,
     Genome,
+    Op,
     Slot,
 )
 
@@ -40,9 +41,23 @@ HEADER: tuple[Axis, ...] = (
 """The header genes, in the order in which they are written."""
 
 JOIN = Axis("join", "mean", "how parallel branches become one", options=JOINS)
+TOKENS = Axis("tokens", 1.0, "share of the tokens that go through a slot", low=0.001, high=1.0)
+SLOT: tuple[Axis, ...] = (JOIN, TOKENS)
+"""The genes of a slot beside its operators, in the order in which they are written."""
 
 LABEL = re.compile(r"[A-Za-z0-9_]{1,32}")
 """A sharing label: letters, digits and underscores."""
+
+
+def slot_of(ops: Iterable[Op], genes: Mapping[str, Gene]) -> Slot:
+    """A slot from its operators and its genes (absent ones take their defaults).
+
+    Raises GeneError for a value that a slot's gene does not take.
+    """
+    values: dict[str, Any] = {
+        axis.name: axis.check(genes[axis.name]) for axis in SLOT if axis.name in genes
+    }
+    return Slot(tuple(ops), **values)
 
 
 def header_of(genome: Genome) -> dict[str, Gene]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..primitives.base import TOKENS, Carry, State, carries
+from ..primitives.base import TOKENS, Carry, State, carries, is_causal
 from ..primitives.norm import dyt_alpha, make_norm
 from ..primitives.position import added_position
 from ..primitives.sphere import Scale, stream_maps, to_sphere
@@ -18,6 +18,7 @@ from .blueprint import Blueprint
 from .genome import Genome, Op
 from .residual import Entry, SlotBlock, final_norm
 from .reversible import plain_streams, reversible_streams
+from .routing import Chosen, Joined, Router, RowStates, run_rows
 
 
 @dataclass
@@ -25,7 +26,7 @@ class ModelState:
     """What a model carries from one call to the next: one state per operator, in slot order."""
 
     length: int = 0
-    operators: list[list[State]] = field(default_factory=list)
+    operators: list[list[State | RowStates]] = field(default_factory=list)
 
     def bytes(self) -> int:
         return sum(state.bytes() for row in self.operators for state in row)
@@ -38,7 +39,9 @@ class LanguageModel(nn.Module):
     """A language model over an alphabet of `vocab` tokens, causal where its genome is.
 
     `forward(tokens, state)`: tokens (B, T) of int64 to logits (B, T, vocab). With `state=None` it
-    is the training form. With a state from `init_state` the call continues the sequences. Call
+    is the training form. With a state from `init_state` the call continues the sequences. In
+    training mode and without a state, slots that take a share of the tokens choose them over the
+    whole sequence (`routing.py`); in all other calls the logits are those of decoding. Call
     `after_step` after every step of an optimiser.
     """
 
@@ -68,6 +71,7 @@ class LanguageModel(nn.Module):
                 indices.append(index)
             self.plan.append(indices)
             self._carries.append([carries(part.config) for part in row])
+        self._ahead = [[not is_causal(part.config) for part in row] for row in blueprint.parts]
         self.entry = Entry(genome)
         self.blocks = nn.ModuleList(
             SlotBlock(genome, slot, any(part.mixes for part in row))
@@ -100,7 +104,11 @@ class LanguageModel(nn.Module):
             lent: dict[str, Any] = {TOKENS: [tokens]}
             for i, block in enumerate(self.blocks):
                 assert isinstance(block, SlotBlock)
-                x = block.residual(x, self._slot(i, block, x, state, lent))
+                y, factor, chosen = self._slot(i, block, x, state, lent)
+                if chosen is None:
+                    x = block.residual(x, y, factor)
+                else:
+                    x = chosen.put(x, block.residual(chosen.of(x), y, factor))
         x = self.final_norm(x)
         table = self.embedding.weight if self.head is None else self.head.weight
         logits = F.linear(x, table)
@@ -111,15 +119,28 @@ class LanguageModel(nn.Module):
         return logits, state
 
     def _slot(
-        self, i: int, block: SlotBlock, x: Tensor, state: ModelState | None, lent: dict[str, Any]
-    ) -> Tensor:
-        """The joined output of a slot's operators over the stream x (B, T, D)."""
+        self,
+        i: int,
+        block: SlotBlock,
+        x: Tensor,
+        state: ModelState | None,
+        lent: dict[str, Any],
+        earlier: Tensor | None = None,
+    ) -> Joined:
+        """A slot's operators over the stream x (B, T, D).
+
+        `earlier` is the index of the tokens that the same call chose before, if it is made again.
+        """
         x = block.read(x)
+        if block.depth is not None:
+            chosen = block.depth.choose(x, self.training and state is None, earlier)
+            return self._part(i, block, x, chosen, state, lent[TOKENS][0])
         outputs = []
         handed: dict[str, list[list[Tensor]]] = {}
         for j, op in enumerate(self.genome.slots[i].branches):
             operator = self.operators[self.plan[i][j]]
             held = None if state is None else state.operators[i][j]
+            assert not isinstance(held, RowStates)
             label = self._carries[i][j]
             carry = None if label is None else Carry(lent.get(label))
             y, new = self._call(operator, op, (i, j), x, held, lent, carry)
@@ -134,22 +155,62 @@ class LanguageModel(nn.Module):
                 torch.stack(parts).mean(0) if len(parts) > 1 else parts[0]
                 for parts in zip(*branches, strict=True)
             ]
-        return block.combine(outputs)
+        return Joined(*block.combine(x, outputs), None)
+
+    def _part(
+        self,
+        i: int,
+        block: SlotBlock,
+        x: Tensor,
+        chosen: Chosen,
+        state: ModelState | None,
+        tokens: Tensor,
+    ) -> Joined:
+        """A slot's operators over those of the tokens x (B, T, D) that go through it.
+
+        Such a slot lends nothing and stands outside the chains of `carries`: no other slot has its
+        tokens.
+        """
+        x, ids = chosen.of(x), tokens.gather(1, chosen.index)
+        if x.shape[1] == 0:
+            return Joined(x, chosen.factor, chosen)
+        outputs = []
+        for j, index in enumerate(self.plan[i]):
+            operator = self.operators[index]
+            held = None if state is None else state.operators[i][j]
+            assert held is None or isinstance(held, RowStates)
+            read = ids if self._carries[i][j] == TOKENS else None
+            # Rows that end early are filled up, which only a look ahead could see.
+            alone = chosen.counts is not None and self._ahead[i][j]
+            if held is not None or alone:
+                outputs.append(run_rows(operator, x, read, chosen, held))
+            else:
+                more = {} if read is None else {"carry": Carry([read])}
+                outputs.append(operator(x, None, **more)[0])
+        y, factor = block.combine(x, outputs)
+        both = chosen.factor if factor is None else chosen.factor * factor
+        return Joined(y, both, chosen)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _reversible(self, x: Tensor, state: ModelState | None, tokens: Tensor) -> Tensor:
         """The mean of the two streams after the last slot."""
         dtype = x.dtype
+        entered: dict[int, Tensor] = {}
 
         def step(i: int, stream: Tensor, lent: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
             block = self.blocks[i]
             assert isinstance(block, SlotBlock)
+            stream = stream.to(dtype)
             lent.setdefault(TOKENS, [tokens])
-            y = block.added(self._slot(i, block, stream.to(dtype), state, lent))
+            y, factor, chosen = self._slot(i, block, stream, state, lent, entered.get(i))
+            y = block.added(y, factor)
+            if chosen is not None:
+                entered[i] = chosen.index
+                y = chosen.put(torch.zeros_like(stream, dtype=y.dtype), y)
             # A module that stands in several slots says in the last what it adds to the loss.
             later = {index for indices in self.plan[i + 1 :] for index in indices}
             own = [self.operators[k] for k in dict.fromkeys(self.plan[i]) if k not in later]
-            return y, _auxiliary_loss(own) if state is None else None
+            return y, _auxiliary_loss([*own, block]) if state is None else None
 
         start = x.to(torch.promote_types(dtype, torch.float32))
         if state is None and torch.is_grad_enabled():
@@ -201,21 +262,25 @@ class LanguageModel(nn.Module):
         device = weight.device if device is None else device
         rows = []
         for i, indices in enumerate(self.plan):
-            row = []
+            row: list[State | RowStates] = []
             for j, index in enumerate(indices):
                 if (i, j) in self._borrowers:
                     row.append(State())
+                    continue
+                new = self.operators[index].init_state
+                if self.genome.slots[i].tokens == 1:
+                    row.append(new(batch, context, dtype, device))  # type: ignore[operator]
                 else:
-                    operator = self.operators[index]
-                    row.append(operator.init_state(batch, context, dtype, device))  # type: ignore[operator]
+                    alone = [new(1, context, dtype, device) for _ in range(batch)]  # type: ignore[operator]
+                    row.append(RowStates(alone))
             rows.append(row)
         return ModelState(0, rows)
 
     def after_step(self) -> None:
         """To be called after every step of an optimiser: operators that keep a balance (experts)
-        adjust it, and nGPT's weights return to the sphere."""
-        for operator in self.operators:
-            adjust = getattr(operator, "balance", None)
+        and routers close it, and nGPT's weights return to the sphere."""
+        for part in (*self.operators, *self.blocks):
+            adjust = getattr(part, "balance", None)
             if adjust is not None:
                 adjust()
         self._loss = None
@@ -231,6 +296,9 @@ class LanguageModel(nn.Module):
             found |= {f"position.{name}": 1 for name, _ in self.position.named_parameters()}
         if self.head is not None:
             found["head.weight"] = 1
+        for name, part in self.blocks.named_modules():
+            if isinstance(part, Router):
+                found[f"blocks.{name}.weight"] = 1
         lent: dict[str, Any] = {}
         for i, j, op in self.genome.ops():
             index = self.plan[i][j]
@@ -252,17 +320,22 @@ class LanguageModel(nn.Module):
         if self.genome.residual == "reversible":
             # An operator's own tensors have no graph there: its call is made again backwards.
             return self._loss
-        return _auxiliary_loss(self.operators)
+        return _auxiliary_loss([*self.operators, *self.blocks])
 
     def statistics(self) -> dict[str, Any]:
-        """What operators report of themselves, such as the load of experts, by place."""
-        reports = {
-            f"slot{i}.{j}": getattr(self.operators[index], "statistics", None)
-            for i, indices in enumerate(self.plan)
-            for j, index in enumerate(indices)
-        }
-        said = {place: report() for place, report in reports.items() if report is not None}
-        return {place: report for place, report in said.items() if report}
+        """What routers and operators report of themselves, such as the load of experts, by slot or
+        place. An operator that stands in several places reports at the first, for all of them."""
+        reports: dict[str, Any] = {}
+        asked: set[int] = set()
+        for i, (block, indices) in enumerate(zip(self.blocks, self.plan, strict=True)):
+            assert isinstance(block, SlotBlock)
+            reports[f"slot{i}"] = block.statistics()
+            for j, index in enumerate(indices):
+                report = getattr(self.operators[index], "statistics", None)
+                if report is not None and index not in asked:
+                    reports[f"slot{i}.{j}"] = report()
+                asked.add(index)
+        return {place: report for place, report in reports.items() if report}
 
 
 def _auxiliary_loss(operators: Iterable[nn.Module]) -> Tensor | None:

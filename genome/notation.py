@@ -4,11 +4,12 @@
     sequence = item { ">" item }                        serial: one slot after the other
     item     = unit [ "*" count ]                       count copies of the unit
     unit     = operator | "[" sequence "]" | slot
-    slot     = "[" operator { "|" operator } "]" [ "(" "join" "=" word ")" ]     parallel
+    slot     = "[" operator { "|" operator } "]" [ "(" gene { "," gene } ")" ]     parallel
     operator = name [ "(" gene { "," gene } ")" ]
     gene     = axis "=" value | "weights" "=" "@" label | "features" "=" "@" label
 
-The braces hold the header genes (width, position, norm, placement, residual, tied, vocab).
+The braces hold the header genes (width, position, norm, placement, residual, tied, vocab). A slot
+in brackets has the genes join and tokens, also with one operator: `[mha](tokens=0.5)`.
 Whitespace has no meaning. Example:
 `{width=64} [mamba2 > swiglu]*3 > [gqa(kv_heads=2) | mamba2] > moe(experts=8)`.
 """
@@ -27,10 +28,11 @@ from .genome import Genome, Op, Slot
 from .header import (
     DEFAULT_WIDTH,
     HEADER,
-    JOIN,
     LABEL,
     MAX_SLOTS,
+    SLOT,
     header_of,
+    slot_of,
     with_header,
 )
 
@@ -200,7 +202,7 @@ class _Parser:
                 ops.append(self.operator())
             if not self.accept("]"):
                 self.fail("'|' or ']'", "a parallel branch")
-            slots = [Slot(tuple(ops), self.join())]
+            slots = [self.with_genes(tuple(ops))]
         else:
             if self.next.text == "|":
                 raise NotationError(
@@ -218,20 +220,29 @@ class _Parser:
             if not self.accept("]"):
                 self.fail("'>' or ']'", "the slot")
             if bare:
-                slots = [Slot(slots[0].branches, self.join())]
+                slots = [self.with_genes(slots[0].branches)]
         self.depth -= 1
         return slots
 
-    def join(self) -> str:
+    def with_genes(self, ops: tuple[Op, ...]) -> Slot:
+        """The slot of those operators, with the genes in the brackets that may follow."""
+        axes = {axis.name: axis for axis in SLOT}
+        genes: dict[str, Gene] = {}
         if not self.accept("("):
-            return str(JOIN.default)
-        token = self.word("'join'", "'('")
-        if token.text != "join":
-            raise NotationError(token.column, f"a parallel slot has 'join', not {token.text!r}")
-        self.mark("=", "join")
-        value = str(self.value(JOIN))
-        self.mark(")", f"the value {value}")
-        return value
+            return Slot(ops)
+        while True:
+            token = self.word("'join' or 'tokens'", "'('" if not genes else "','")
+            if token.text not in axes:
+                raise NotationError(
+                    token.column, f"a slot has 'join' and 'tokens', not {token.text!r}"
+                )
+            self.new_name(token, genes)
+            self.mark("=", token.text)
+            genes[token.text] = self.value(axes[token.text])
+            if self.accept(")"):
+                return slot_of(ops, genes)
+            if not self.accept(","):
+                self.fail("')' or ','", f"the value {show_gene(genes[token.text])}")
 
     def operator(self) -> Op:
         token = self.take()
@@ -315,8 +326,14 @@ def show_slots(slots: tuple[Slot, ...]) -> str:
 def show_slot(slot: Slot) -> str:
     """The notation of one slot."""
     ops = " | ".join(show_op(op) for op in slot.branches)
-    join = f"(join={slot.join})" if slot.join != JOIN.default else ""
-    return f"[{ops}]{join}" if join or len(slot.branches) != 1 else ops
+    genes = ", ".join(
+        f"{axis.name}={show_gene(getattr(slot, axis.name))}"
+        for axis in SLOT
+        if getattr(slot, axis.name) != axis.default
+    )
+    if genes:
+        return f"[{ops}]({genes})"
+    return f"[{ops}]" if len(slot.branches) != 1 else ops
 
 
 def show_op(op: Op) -> str:

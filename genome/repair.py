@@ -9,7 +9,7 @@ from dataclasses import replace
 from ..primitives.base import Axis, Gene, GeneError, Site
 from ..primitives.catalogue import CATALOGUE, find
 from .genome import Genome, Op, Slot
-from .header import HEADER, JOIN, MAX_SLOTS, header_of, with_header
+from .header import HEADER, JOIN, MAX_SLOTS, SLOT, TOKENS, header_of, slot_of, with_header
 from .resolve import fits, genes_of, own_genes, primitive_of
 from .rules import cannot_reverse, space_violations, violations
 from .sharing import prune
@@ -152,7 +152,7 @@ def _in_space(genome: Genome, space: Space) -> list[Slot]:
             site = genome.site_at(i, depth)
             op = first_buildable(slot_space.mixers, slot_space.operators, site)
             if op is not None:
-                result[i] = Slot((op,), result[i].join)
+                result[i] = replace(result[i], branches=(op,))
                 break
     return result
 
@@ -177,8 +177,9 @@ def _slot_in_space(
         ops = ops[:1]
     if not ops:
         ops = [_stand_in(slots, i, allowed, space, site)]
-    join = str(_closest(slot.join, space.join if len(ops) > 1 else JOIN.options))
-    return Slot(tuple(ops), join)
+    join = _closest(slot.join, space.join if len(ops) > 1 else JOIN.options)
+    tokens = _closest(_valid(TOKENS, slot.tokens), space.tokens)
+    return slot_of(ops, {"join": join, "tokens": tokens})
 
 
 def _into(op: Op, ranges: Ranges, space: Space) -> Op:
@@ -212,14 +213,14 @@ def _stand_in(slots: Sequence[Slot], i: int, allowed: SlotSpace, space: Space, s
 
 
 def _anywhere(genome: Genome) -> list[Slot]:
-    known = [Slot(tuple(filter(_known, slot.branches)), slot.join) for slot in genome.slots]
+    known = [replace(s, branches=tuple(filter(_known, s.branches))) for s in genome.slots]
     kept = [slot for slot in known if slot.branches][:MAX_SLOTS]
     depth = max(1, len(kept))
     slots = []
     for i, slot in enumerate(kept):
         site = genome.site_at(i, depth)
         ops = tuple(_anywhere_op(_clean(op), site) for op in slot.branches)
-        slots.append(Slot(ops, str(_valid(JOIN, slot.join))))
+        slots.append(slot_of(ops, {a.name: _valid(a, getattr(slot, a.name)) for a in SLOT}))
     if not any(primitive_of(op).kind == "mixer" for slot in slots for op in slot.branches):
         mixer = _substitute("mixer", genome.site_at(0, depth))
         slots[:1] = [Slot((mixer,))]

@@ -39,6 +39,7 @@ from ..primitives.norm import dyt_alpha, make_norm, norm_params
 from ..primitives.position import ADDED
 from ..primitives.sphere import Scale, unit
 from .genome import Genome, Slot
+from .routing import Best, Depth, Gate, Router
 
 EIGEN_RATE = 0.05
 """alpha's initial value in nGPT."""
@@ -65,6 +66,12 @@ def join_of(genome: Genome, slot: Slot) -> str:
     return "mean" if without else slot.join
 
 
+def router_rows(genome: Genome, slot: Slot) -> tuple[int, int]:
+    """The outputs of a slot's routers: between its branches, and of the tokens that enter."""
+    routed = join_of(genome, slot) in ("gate", "top1")
+    return len(slot.branches) if routed else 0, int(slot.tokens != 1)
+
+
 def layer_scale(slots: int) -> float:
     """LayerScale's initial value in a backbone of so many slots."""
     blocks = (slots + 1) // 2
@@ -79,7 +86,7 @@ def block_params(genome: Genome, slot: Slot) -> int:
     if join_of(genome, slot) == "norm":
         norms += len(slot.branches)
     scale = {"layerscale": width, "rezero": 1, "ngpt": width}.get(genome.residual, 0)
-    return norms * norm_params(norm, width) + scale
+    return norms * norm_params(norm, width) + scale + sum(router_rows(genome, slot)) * width
 
 
 def head_params(genome: Genome, vocab: int) -> int:
@@ -128,7 +135,8 @@ class Entry(nn.Module):
 
 
 class SlotBlock(nn.Module):
-    """The norms of one slot, the join of its branches, its scaling; not the operators."""
+    """The norms of one slot, the join of its branches, its scaling and routers; not the
+    operators."""
 
     def __init__(self, genome: Genome, slot: Slot, mixes: bool) -> None:
         """`mixes`: an operator of the slot mixes tokens."""
@@ -150,14 +158,24 @@ class SlotBlock(nn.Module):
             self.scale = nn.Parameter(torch.zeros(1))
         sphere = genome.residual == "ngpt"
         self.rate = Scale(width, EIGEN_RATE, width**-0.5) if sphere else None
+        branches, depth = router_rows(genome, slot)
+        kind = Gate if self.join == "gate" else Best
+        self.gate = kind(width, branches) if branches else None
+        self.depth = Depth(width, slot.tokens) if depth else None
 
     def read(self, x: Tensor) -> Tensor:
         """What the operators get of the stream."""
         read: Tensor = self.before(x) if self.rate is None else x * x.shape[-1] ** 0.5
         return read
 
-    def combine(self, outputs: list[Tensor]) -> Tensor:
-        """Branch outputs, each (B, T, D), to one."""
+    def combine(self, x: Tensor, outputs: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Branch outputs, each (B, T, D), to one, from what the slot read; and the factor (B, T, 1)
+        of what is added to the stream, None for 1."""
+        if self.gate is not None:
+            return self.gate.combine(x, outputs)
+        return self._fixed(outputs), None
+
+    def _fixed(self, outputs: list[Tensor]) -> Tensor:
         if len(outputs) == 1:
             return outputs[0]
         if self.join == "norm" and self.rate is not None:
@@ -167,15 +185,45 @@ class SlotBlock(nn.Module):
         total = torch.stack(outputs).sum(0)
         return total if self.join == "sum" else total / len(outputs)
 
-    def added(self, y: Tensor) -> Tensor:
+    def added(self, y: Tensor, factor: Tensor | None = None) -> Tensor:
         """What is added to the stream, where no norm stands after the addition."""
-        y = self.after(y)
-        return y if self.scale is None else y * self.scale
+        return self._scaled(self.after(y), factor)
 
-    def residual(self, x: Tensor, y: Tensor) -> Tensor:
+    def residual(self, x: Tensor, y: Tensor, factor: Tensor | None = None) -> Tensor:
         """The stream after the slot, from the stream before it and the joined output."""
         if self.rate is not None:
-            return unit(x + self.rate().abs() * (unit(y) - x))
+            step = self.rate().abs() * (unit(y) - x)
+            return unit(x + (step if factor is None else step * factor.to(step.dtype)))
         if self.placement == "post":
-            return self.after(x + (y if self.scale is None else y * self.scale))  # type: ignore[no-any-return]
-        return x + self.added(y)
+            return self.after(x + self._scaled(y, factor))  # type: ignore[no-any-return]
+        return x + self.added(y, factor)
+
+    def _scaled(self, y: Tensor, factor: Tensor | None) -> Tensor:
+        y = y if self.scale is None else y * self.scale
+        return y if factor is None else y * factor.to(y.dtype)
+
+    def routers(self) -> dict[str, Router]:
+        """The slot's routers: `depth`, and the `gate` between its branches."""
+        found = {"depth": self.depth, "gate": self.gate}
+        return {name: router for name, router in found.items() if router is not None}
+
+    def balance(self) -> None:
+        """Close a training step."""
+        for router in self.routers().values():
+            router.balance()
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """What the routers add to the loss of the last training call; None for nothing."""
+        asked = [router.auxiliary_loss() for router in self.routers().values()]
+        losses = [loss for loss in asked if loss is not None]
+        return torch.stack(losses).sum() if losses else None
+
+    def statistics(self) -> dict[str, list[float] | float]:
+        """Of the last training step: `load`, the mean weight of each branch; `passed`, the share of
+        tokens whose logit is above 0, as evaluation would let through."""
+        found: dict[str, list[float] | float] = {}
+        if self.depth is not None:
+            found["passed"] = self.depth.shares()[0]
+        if self.gate is not None:
+            found["load"] = self.gate.shares()
+        return found

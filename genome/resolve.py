@@ -171,8 +171,8 @@ def relabel(genome: Genome) -> Genome:
 
 
 def replace_ops(slot: Slot, ops: list[Op]) -> Slot:
-    """The slot with other operators, and the same join."""
-    return slot if tuple(ops) == slot.branches else Slot(tuple(ops), slot.join)
+    """The slot with other operators, and the same genes of its own."""
+    return slot if tuple(ops) == slot.branches else replace(slot, branches=tuple(ops))
 
 
 def letters(number: int) -> str:

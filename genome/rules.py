@@ -8,7 +8,7 @@ from ..primitives.base import Config, GeneError, Site, show_gene
 from ..primitives.catalogue import find
 from .blueprint import Place, place_name
 from .genome import Genome, Op
-from .header import HEADER, JOIN, LABEL, MAX_SLOTS, header_of
+from .header import HEADER, LABEL, MAX_SLOTS, SLOT, header_of
 from .residual import norms_of
 from .resolve import config_of, groups, primitive_of, sites
 from .space import SlotSpace, Space
@@ -17,7 +17,7 @@ RULES: dict[str, str] = {
     "header": "width, position, norm, placement, residual, tied and vocab have allowed values",
     "reversible": "residual=reversible goes with placement=pre or sandwich",
     "depth": f"a genome has from 1 to {MAX_SLOTS} slots",
-    "slot": "a slot holds at least one operator and has a known join",
+    "slot": "a slot holds at least one operator, has a known join, and takes a share of the tokens",
     "operator": "an operator is in the catalogue, and its genes go together at the genome's width",
     "mixer": "a genome has at least one mixer",
     "label": "a sharing label is up to 32 letters, digits and underscores",
@@ -26,6 +26,7 @@ RULES: dict[str, str] = {
     "lender": "the first operator of a feature group is of a primitive that lends features",
     "borrower": "the later operators of a feature group fit the keys and values that they borrow",
     "slots of a group": "the members of a feature group stand in different slots",
+    "tokens": "operators share features in slots that take all tokens",
 }
 """The rules of every genome."""
 
@@ -63,10 +64,11 @@ def violations(genome: Genome) -> list[Violation]:
     for i, slot in enumerate(genome.slots):
         if not slot.branches:
             found.append(Violation("slot", f"slot {i}", "the slot holds no operator"))
-        try:
-            JOIN.check(slot.join)
-        except GeneError as error:
-            found.append(Violation("slot", f"slot {i}", str(error)))
+        for axis in SLOT:
+            try:
+                axis.check(getattr(slot, axis.name))
+            except GeneError as error:
+                found.append(Violation("slot", f"slot {i}", str(error)))
     if any(violation.rule == "header" for violation in found):
         # Operators are judged at a width and a position; without them nothing can be said.
         return found
@@ -136,6 +138,11 @@ def _features(genome: Genome, placed: dict[Place, tuple[Op, Site, Config]]) -> l
     found = []
     for label, members in groups(genome, "features").items():
         found += _alone(genome, label, members, "features")
+        for place in members:
+            tokens = genome.slots[place[0]].tokens
+            if tokens != 1:
+                sentence = f"features=@{label} where tokens={show_gene(tokens)}; {RULES['tokens']}"
+                found.append(Violation("tokens", place_name(genome, place), sentence))
         if any(place not in placed for place in members):
             continue
         lender, config = placed[members[0]][0], placed[members[0]][2]
@@ -202,6 +209,10 @@ def space_violations(genome: Genome, space: Space) -> list[Violation]:
         if count > 1 and slot.join not in space.join:
             sentence = f"join={slot.join} is outside the space; it has {', '.join(space.join)}"
             found.append(Violation("space parallel", f"slot {i}", sentence))
+        if slot.tokens not in space.tokens:
+            listed = ", ".join(map(show_gene, space.tokens))
+            sentence = f"tokens={show_gene(slot.tokens)} is outside the space; it has {listed}"
+            found.append(Violation("space tokens", f"slot {i}", sentence))
     return found
 
 

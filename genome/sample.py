@@ -18,6 +18,9 @@ from .space import Ranges, SlotSpace, Space, make_op
 SHARE_CHANCE = 0.15
 """The chance that an operator which could share weights or features does."""
 
+PART_CHANCE = 0.25
+"""The chance that a slot takes a part of the tokens, where the space has that and all of them."""
+
 Option = TypeVar("Option", bound=Gene)
 
 
@@ -86,7 +89,10 @@ def sample_slot(space: Space, slot: SlotSpace, choose: Choose) -> Slot:
         ops += [sample_op(slot, slot.mixers, f"{slot.label}.{j}", choose) for j in range(1, count)]
         if count > 1:
             join = choose(f"{slot.label}.join", space.join)
-    return Slot(tuple(ops), join)
+    tokens = space.tokens[0]
+    if len(space.tokens) > 1:
+        tokens = choose(f"{slot.label}.tokens", _token_shares(space))
+    return Slot(tuple(ops), join, tokens)
 
 
 def sample_op(slot: SlotSpace, names: Sequence[str], label: str, choose: Choose) -> Op:
@@ -120,6 +126,13 @@ def _branch_counts(space: Space) -> Weighted:
     more = space.parallel.branches - 1
     share = space.parallel.share
     return Weighted(range(1, more + 2), [1 - share, *[share / more] * more])
+
+
+def _token_shares(space: Space) -> Sequence[float]:
+    if 1.0 not in space.tokens:
+        return space.tokens
+    part = PART_CHANCE / (len(space.tokens) - 1)
+    return Weighted(space.tokens, [1 - PART_CHANCE if t == 1 else part for t in space.tokens])
 
 
 _MAYBE = Weighted((False, True), (1 - SHARE_CHANCE, SHARE_CHANCE))

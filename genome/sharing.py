@@ -10,9 +10,18 @@ from dataclasses import replace
 
 from ..primitives.base import Config, Site
 from .blueprint import Place
-from .genome import Genome, Op, Slot
+from .genome import Genome, Op
 from .header import LABEL
-from .resolve import Kind, config_of, fits, groups, letters, primitive_of, sites
+from .resolve import (
+    Kind,
+    config_of,
+    fits,
+    groups,
+    letters,
+    primitive_of,
+    replace_ops,
+    sites,
+)
 from .rules import lending_problem
 from .space import SlotSpace
 
@@ -25,8 +34,8 @@ def rows_of(genome: Genome) -> Rows:
 
 
 def with_rows(genome: Genome, rows: Rows) -> Genome:
-    """The genome with those operators, and the same joins."""
-    slots = [Slot(tuple(row), slot.join) for row, slot in zip(rows, genome.slots, strict=True)]
+    """The genome with those operators, and the same joins and shares of tokens."""
+    slots = [replace_ops(slot, row) for row, slot in zip(rows, genome.slots, strict=True)]
     return replace(genome, slots=tuple(slots))
 
 
@@ -101,8 +110,8 @@ def _fresh(rows: Rows, kind: Kind) -> str:
 def prune(genome: Genome) -> Genome:
     """The genome without the sharing labels that break a rule; its operators must be buildable.
 
-    Of a feature group stay the first lender with a borrower, and its borrowers; of a weight group
-    the largest set of operators with equal configs.
+    Of a feature group stay the first lender with a borrower, and its borrowers, as far as their
+    slots take all tokens; of a weight group the largest set of operators with equal configs.
     """
     return _prune_weights(_prune_features(genome))
 
@@ -110,7 +119,8 @@ def prune(genome: Genome) -> Genome:
 def _prune_features(genome: Genome) -> Genome:
     rows = rows_of(genome)
     for label, members in groups(genome, "features").items():
-        kept = _lender_and_borrowers(genome, members) if LABEL.fullmatch(label) else []
+        whole = [place for place in members if genome.slots[place[0]].tokens == 1]
+        kept = _lender_and_borrowers(genome, whole) if LABEL.fullmatch(label) else []
         for i, j in members:
             if (i, j) not in kept:
                 rows[i][j] = replace(rows[i][j], features=None)

@@ -27,7 +27,7 @@ from ..primitives.catalogue import find
 from ..primitives.nearest import nearest
 from .constraints import Constraints
 from .genome import Op
-from .header import HEADER, JOIN, MAX_SLOTS
+from .header import HEADER, JOIN, MAX_SLOTS, TOKENS
 from .quantity import Share
 from .resolve import config_of, fits, genes_of, own_genes
 
@@ -132,7 +132,7 @@ def _read_operators(value: Any) -> dict[str, Ranges]:
 
 Operators = Annotated[dict[str, dict[str, Any]], BeforeValidator(_read_operators)]
 Listed = Annotated[dict[str, dict[str, Any] | None], BeforeValidator(_read_listed)]
-_AXES = {axis.name: axis for axis in (*HEADER, JOIN)}
+_AXES = {axis.name: axis for axis in (*HEADER, JOIN, TOKENS)}
 
 
 def _depths(value: Any) -> tuple[int, int]:
@@ -243,6 +243,8 @@ class Space(_Part):
     tied: Annotated[tuple[bool, ...], _choices(_AXES["tied"])] = (True,)
     vocab: Annotated[tuple[int, ...], _choices(_AXES["vocab"])] = (256,)
     join: Annotated[tuple[str, ...], _choices(_AXES["join"])] = ("mean",)
+    tokens: Annotated[tuple[float, ...], _choices(_AXES["tokens"])] = (1.0,)
+    """The shares of the tokens that a slot may take."""
     operators: Operators
     pattern: Literal["alternate", "free"] = "alternate"
     slots: tuple[SlotRule, ...] = ()
@@ -379,7 +381,7 @@ class Space(_Part):
         for branches in range(2, self.parallel.branches + 1):
             # Branches have no order: multisets.
             total += math.comb(mixers + branches - 1, branches) * len(self.join)
-        return total
+        return total * len(self.tokens)
 
 
 def show_size(size: int) -> str:

@@ -20,8 +20,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..primitives.base import show_gene
 from .genome import Genome, Op, Slot
-from .header import DEFAULT_WIDTH, HEADER, MAX_SLOTS, header_of
+from .header import DEFAULT_WIDTH, HEADER, MAX_SLOTS, TOKENS, header_of
 from .notation import show_op
 from .resolve import genes_of, groups, letters, primitive_of, relabel
 
@@ -90,6 +91,8 @@ def write(genome: Genome) -> str:
     for i, slot in enumerate(genome.slots):
         if len(slot.branches) != 1:
             raise StarError(f"slot {i}: STAR's integers cannot say parallel operators")
+        if slot.tokens != TOKENS.default:
+            raise StarError(f"slot {i}: STAR's integers cannot say tokens={show_gene(slot.tokens)}")
         op = slot.branches[0]
         five = [_class_of(op, i)]
         for kind, label in (("weights", op.weights), ("features", op.features)):

@@ -265,18 +265,19 @@ def _parallel(genome: Genome, space: Space, rng: np.random.Generator) -> Child |
         gone = int(rng.integers(len(slot.branches)))
         branches = (*slot.branches[:gone], *slot.branches[gone + 1 :])
         words = f"serial: slot {i} without its {slot.branches[gone].name}"
-        return _with_slot(genome, i, Slot(branches, slot.join)), words
+        return _with_slot(genome, i, replace(slot, branches=branches)), words
     if not grows or not all(op.name in allowed.mixers for op in slot.branches):
         return None
     choose = chooser(rng)
     new = sample_op(allowed, allowed.mixers, allowed.label, choose)
     join = slot.join if len(slot.branches) > 1 else choose("join", space.join)
     words = f"parallel: {new.name} beside {slot.branches[0].name} in slot {i}"
-    return _with_slot(genome, i, Slot((*slot.branches, new), join)), words
+    grown = replace(slot, branches=(*slot.branches, new), join=join)
+    return _with_slot(genome, i, grown), words
 
 
 def _header(genome: Genome, space: Space, rng: np.random.Generator) -> Child | None:
-    """Another value of a header gene, or another join of a parallel slot."""
+    """Another value of a header gene, or another join or share of tokens of a slot."""
     header = header_of(genome)
     choices: dict[str, list[Gene]] = {
         name: [o for o in getattr(space, name) if o != value] for name, value in header.items()
@@ -285,6 +286,8 @@ def _header(genome: Genome, space: Space, rng: np.random.Generator) -> Child | N
     names = [name for name, options in choices.items() if options]
     if parallel and len(space.join) > 1:
         names.append("join")
+    if len(space.tokens) > 1:
+        names.append("tokens")
     if not names:
         return None
     name = _pick(rng, names)
@@ -293,7 +296,13 @@ def _header(genome: Genome, space: Space, rng: np.random.Generator) -> Child | N
         slot = genome.slots[i]
         join = _pick(rng, [o for o in space.join if o != slot.join])
         words = f"join of slot {i} from {slot.join} to {join}"
-        return _with_slot(genome, i, Slot(slot.branches, join)), words
+        return _with_slot(genome, i, replace(slot, join=join)), words
+    if name == "tokens":
+        i = int(rng.integers(len(genome.slots)))
+        slot = genome.slots[i]
+        tokens = _pick(rng, [o for o in space.tokens if o != slot.tokens])
+        words = f"tokens of slot {i} from {show_gene(slot.tokens)} to {show_gene(tokens)}"
+        return _with_slot(genome, i, replace(slot, tokens=tokens)), words
     value = _pick(rng, choices[name])
     words = f"{name} from {show_gene(header[name])} to {show_gene(value)}"
     return with_header({**header, name: value}, genome.slots), words

@@ -204,6 +204,8 @@ def _slot(
         # More branches than fit side by side stand as lines of one box.
         lefts, widths = [layout.left], [layout.boxes]
         contents = [_stacked(row, layout.boxes - 4)]
+    if count == 1 and row.entry:
+        contents[0].append((row.entry, "dim"))
     height = max(len(lines) for lines in contents)
     centres = [x + w // 2 for x, w in zip(lefts, widths, strict=True)]
     if len(centres) % 2:
@@ -211,6 +213,9 @@ def _slot(
     if len(centres) > 1:
         y = canvas.line()
         _branch_line(canvas, y, centres, layout.centre, "╭╮┬", "┴")
+        if row.entry:
+            label = f" {row.entry} "
+            canvas.put(y, layout.centre - len(label) // 2, label, "dim")
     top = canvas.line()
     body = [canvas.line() for _ in range(height)]
     bottom = canvas.line()
@@ -278,7 +283,7 @@ def _lines(box: Box, width: int) -> list[tuple[str, str]]:
 
 
 def _stacked(row: Row, width: int) -> list[tuple[str, str]]:
-    lines = [(f"{len(row.boxes)} branches, {row.join}", "dim")]
+    lines = [(", ".join(filter(None, (f"{len(row.boxes)} branches", row.join, row.entry))), "dim")]
     for box in row.boxes:
         text = box.name + (f"({box.genes})" if box.genes else "")
         text = " · ".join([text, *_tags(box)])

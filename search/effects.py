@@ -79,6 +79,8 @@ def traits(genome: Mapping[str, Any]) -> dict[str, Trait]:
     found["attention share"] = attention / mixers if mixers else 0.0
     found["parallel share"] = parallel / mixers if mixers else 0.0
     found["first attention"] = first
+    found["routed joins"] = float(sum(s.get("join") in ("gate", "top1") for s in genome["slots"]))
+    found["tokens per slot"] = sum(s.get("tokens", 1.0) for s in genome["slots"]) / len(slots)
     found["shared weights"] = float(sum("weights" in op for ops in slots for op in ops))
     found["shared features"] = float(sum("features" in op for ops in slots for op in ops))
     return found

@@ -10,13 +10,15 @@ from .records import TrialRecord
 COLUMNS = ["slot", "task", "parts", "most loaded", "least loaded", "dropped", "entropy"]
 NUMBERS = COLUMNS[3:]
 CAPTION = "Routers in the last training step of the last rung; 1.00 is an even share of the load"
-_PLACE = re.compile(r"slot(\d+)\.(\d+)$")
+_PLACE = re.compile(r"slot(\d+)(?:\.(\d+))?$")
+"""A slot's own routers, or an operator in it."""
 
 
 def load_rows(trial: TrialRecord) -> list[list[str]]:
-    """One row per task and routed operator; none where the trial has no router, or no rung.
+    """One row per task and router; none where the trial has no router, or no rung.
 
-    Loads are multiples of the mean, `dropped` is a share of the choices, the entropy of the
+    Of a slot that some tokens pass by, the share that enters stands with the parts. Loads are
+    multiples of the mean, `dropped` is a share of the choices, the entropy of the
     router's scores is in nats. A cell is empty where an operator has no such number.
     """
     rows: list[list[str]] = []
@@ -29,14 +31,18 @@ def load_rows(trial: TrialRecord) -> list[list[str]]:
             place = _PLACE.match(key)
             if place is not None and isinstance(report, dict):
                 slot, branch = place.groups()
-                name = slot if branch == "0" else f"{slot}, branch {branch}"
-                rows += [[name, task, *cells] for cells in _cells(report)]
+                name = slot if branch in (None, "0") else f"{slot}, branch {branch}"
+                if "passed" in report:
+                    entered = f"{report['passed']:.1%} of the tokens"
+                    rows.append([name, task, entered, *[""] * len(NUMBERS)])
+                nouns = ("branches", "") if branch is None else ("experts", "heads")
+                rows += [[name, task, *cells] for cells in _cells(report, nouns)]
     return rows
 
 
-def _cells(report: dict[str, Any]) -> list[list[str]]:
+def _cells(report: dict[str, Any], nouns: tuple[str, str]) -> list[list[str]]:
     found = []
-    for key, noun in (("load", "experts"), ("head_load", "heads")):
+    for key, noun in zip(("load", "head_load"), nouns, strict=True):
         loads = report.get(key)
         if not loads or not sum(loads):
             continue

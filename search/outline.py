@@ -37,11 +37,18 @@ class Row:
     boxes: tuple[Box, ...]
     join: str
     cost: Cost
+    tokens: float = 1.0
+    """The share of the tokens that go through."""
 
     @property
     def pattern(self) -> tuple[object, ...]:
         """Equal where two slots look alike and cost the same."""
-        return (self.boxes, self.join, self.cost)
+        return (self.boxes, self.join, self.cost, self.tokens)
+
+    @property
+    def entry(self) -> str:
+        """The share of the tokens that enter as the notation writes it; empty for all."""
+        return "" if self.tokens == 1 else f"tokens={show_gene(self.tokens)}"
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,7 @@ def outline(genome: Genome, cost: ModelCost) -> Outline:
     made = graph(genome)
     boxes: dict[int, list[Box]] = {}
     joins: dict[int, str] = {}
+    tokens: dict[int, float] = {}
     for name, node in made.nodes(data=True):
         if node["kind"] == "operator":
             sources = made.pred[name]
@@ -89,8 +97,10 @@ def outline(genome: Genome, cost: ModelCost) -> Outline:
             boxes.setdefault(node["slot"], []).append(_box(node["op"], borrows))
         elif node["kind"] == "join":
             joins[node["slot"]] = node["join"]
+        elif "tokens" in node:
+            tokens[node["slot"]] = node["tokens"]
     rows = [
-        Row(i, tuple(sorted(branches, key=_shares)), joins.get(i, ""), cost.slots[i])
+        Row(i, tuple(sorted(branches, key=_shares)), joins.get(i, ""), cost.slots[i], tokens[i])
         for i, branches in sorted(boxes.items())
     ]
     blocks = fold(rows)

@@ -155,6 +155,8 @@ def _slot(
     middle = _LEFT + _BOXES / 2
     width = (_BOXES - 10.0 * (count - 1)) / count
     texts = [_lines(box, int((width - 14) / _CHAR)) for box in row.boxes]
+    if count == 1 and row.entry:
+        texts[0].append(row.entry)
     height = max(len(lines) for lines in texts) * _LINE + 2 * _PAD
     top = sheet.y + _GAP
     centres = [_LEFT + i * (width + 10) + width / 2 for i in range(count)]
@@ -184,7 +186,9 @@ def _slot(
         for x in centres:
             _stem(sheet, x, sheet.y, join)
         sheet.path([(centres[0], join), (centres[-1], join)], "stem")
-        sheet.text(middle + 6, join + 13, row.join, "small", "start")
+        sheet.text(
+            middle + 6, join + 13, " · ".join(filter(None, (row.join, row.entry))), "small", "start"
+        )
         sheet.y = join
 
 

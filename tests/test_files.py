@@ -16,7 +16,7 @@ from mendel.genome.sample import sample_valid
 
 GENOME = parse(
     "{width=32, tied=false} gqa(kv_heads=2, features=@a) > [gqa(features=@a) | mamba2](join=sum) "
-    "> [swiglu](join=norm)"
+    "> [swiglu](join=norm) > [mamba2](tokens=0.5)"
 )
 
 
@@ -39,6 +39,7 @@ def test_the_form() -> None:
             {"op": "gqa", "genes": {"kv_heads": 2}, "features": "a"},
             {"parallel": [{"op": "gqa", "features": "a"}, {"op": "mamba2"}], "join": "sum"},
             {"parallel": [{"op": "swiglu"}], "join": "norm"},
+            {"parallel": [{"op": "mamba2"}], "join": "mean", "tokens": 0.5},
         ],
     }
 
@@ -121,7 +122,11 @@ def test_absent_header_genes_take_their_defaults() -> None:
         ),
         (
             with_slot({"parallel": [{"op": "mha"}], "join": "max"}),
-            "slots[1].join: join is one of mean, sum, norm, not max",
+            "slots[1].join: join is one of mean, sum, norm, gate, top1, not max",
+        ),
+        (
+            with_slot({"parallel": [{"op": "mha"}], "tokens": 2}),
+            "slots[1].tokens: tokens is a number from 0.001 to 1, not 2",
         ),
     ],
 )

@@ -29,7 +29,8 @@ TINY = Space.model_validate(
         "placement": ["pre", "post"],
         "residual": ["plain", "reversible", "ngpt"],
         "embedding_norm": [False, True],
-        "join": ["mean", "norm"],
+        "join": ["mean", "norm", "top1"],
+        "tokens": [1.0, 0.5],
         "operators": {"mha": {"window": [32, 64]}, "mqa": {}, "mingru": {}, "swiglu": {}},
         "pattern": "free",
         "parallel": {"branches": 2, "share": 0.6},
@@ -92,6 +93,9 @@ def test_what_changes_nothing(one: str, other: str) -> None:
         ("{position=sinusoidal} mamba2", "{position=learned} mamba2"),
         ("swa(window=64)", "swa(window=128)"),
         ("[mha | mamba2]", "[mha | mamba2](join=sum)"),
+        ("[mha | mamba2](join=gate)", "[mha | mamba2](join=top1)"),
+        ("mha", "[mha](tokens=0.5)"),
+        ("[mha](tokens=0.25) > mha", "mha > [mha](tokens=0.25)"),
         ("[mha | mamba2]", "mha > mamba2"),
         ("mha*2", "mha(weights=@a) > mha(weights=@a)"),
         ("mha*2", "mha(features=@a) > mha(features=@a)"),
@@ -137,7 +141,8 @@ def scrambled(genome: Genome, rng: np.random.Generator) -> Genome:
             for op in slot.branches
         ]
         join = slot.join if len(ops) > 1 else "sum"
-        slots.append(Slot(tuple(ops[i] for i in rng.permutation(len(ops))), join))
+        ops = [ops[i] for i in rng.permutation(len(ops))]
+        slots.append(Slot(tuple(ops), join, slot.tokens))
     return replace(genome, slots=tuple(slots))
 
 
@@ -176,7 +181,7 @@ def explicit(genome: Genome) -> Any:
             join = slot.join if len(order) > 1 else ""
             if join == "norm" and genome.norm == "none" and genome.residual != "ngpt":
                 join = "mean"
-            form.append((tuple(ops), join))
+            form.append((tuple(ops), join, slot.tokens))
         forms.append(tuple(form))
     normed = genome.norm != "none" and genome.residual != "ngpt"
     return (

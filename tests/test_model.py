@@ -1,5 +1,7 @@
 """The model of a genome: both forms agree, costs are the real ones, sharing shares."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -83,6 +85,11 @@ def test_costs_are_those_of_the_real_model(index: int) -> None:
     assert counted.total.params == real_params(model)
     state = model.init_state(1, context)
     assert counted.total.state_bytes == state.bytes()
+    # How many tokens enter a slot with a share of them, the data decide: see test_routing.py.
+    genome = replace(genome, slots=tuple(replace(slot, tokens=1.0) for slot in genome.slots))
+    counted = cost(genome, context, torch.float32)
+    model = build(genome).requires_grad_(False)
+    state = model.init_state(1, context)
     with torch.no_grad(), flop_counter() as counter:
         for _ in range(context):
             _, state = model(torch.zeros(1, 1, dtype=torch.int64), state)
@@ -141,7 +148,7 @@ def test_parallel_branches_join() -> None:
     total = build(parse("{width=32} [mha | mamba2](join=sum)"))
     hidden = {}
     for name, model in (("mean", mean), ("sum", total)):
-        model.blocks[0].residual = lambda x, y, name=name: hidden.setdefault(name, y)  # type: ignore[assignment]
+        model.blocks[0].residual = lambda x, y, *_, name=name: hidden.setdefault(name, y)  # type: ignore[assignment]
         model(x)
     torch.testing.assert_close(hidden["sum"], 2 * hidden["mean"])
 

@@ -142,6 +142,7 @@ def worst(model: LanguageModel) -> float:
         "mamba2 > swiglu > gated-deltanet > geglu > lstm",
         "rwkv6 > moe(shared=1) > [hgrn | mha](join=norm)",
         "mha(features=@k) > swiglu(weights=@m) > mha(features=@k) > swiglu(weights=@m)",
+        "[mha | mamba2](join=top1) > [swiglu](tokens=0.5) > [mha | gqa](join=gate)",
     ],
 )
 @pytest.mark.parametrize("position", ["rope", "learned"])
@@ -160,7 +161,7 @@ def test_vectors_stay_on_the_sphere_after_every_step(slots: str, position: str) 
     for block in model.blocks:
         block.register_forward_hook(lambda *_: None)
         keep = block.residual
-        block.residual = lambda x, y, keep=keep: streams.append(keep(x, y)) or streams[-1]  # type: ignore[method-assign]
+        block.residual = lambda *read, keep=keep: streams.append(keep(*read)) or streams[-1]  # type: ignore[method-assign]
     with torch.no_grad():
         model(task.train_batch(0, 4).inputs)
     assert len(streams) == len(genome.slots)

@@ -54,6 +54,11 @@ def test_random_genomes_come_back() -> None:
         ((Slot((Op("mha"), Op("mamba2"))),) * 2, "[mha | mamba2]*2"),
         ((Slot((Op("mha"), Op("mamba2")), "sum"), B), "[mha | mamba2](join=sum) > swiglu"),
         ((Slot((Op("mha"),), "norm"),) * 2, "[mha](join=norm)*2"),
+        ((Slot((Op("mha"),), tokens=0.125), B), "[mha](tokens=0.125) > swiglu"),
+        (
+            (Slot((Op("mha"), Op("mamba2")), "top1", 0.5),) * 2,
+            "[mha | mamba2](join=top1, tokens=0.5)*2",
+        ),
     ],
 )
 def test_repeats_are_written_short(slots: tuple[Slot, ...], text: str) -> None:
@@ -145,10 +150,16 @@ MHA_PATTERNS = find("mha")[0].axis("pattern").allowed()
             "column 15: a parallel branch is one operator, without repeats or '>'",
         ),
         ("[mha*2 | mha]", "column 8: a parallel branch is one operator, without repeats or '>'"),
-        ("[mha | mha](jion=sum)", "column 13: a parallel slot has 'join', not 'jion'"),
+        ("[mha | mha](jion=sum)", "column 13: a slot has 'join' and 'tokens', not 'jion'"),
         (
             "[mha | mha](join=max)",
-            "column 18: join is one of mean, sum, norm, not max",
+            "column 18: join is one of mean, sum, norm, gate, top1, not max",
+        ),
+        ("[mha](tokens=0)", "column 14: tokens is a number from 0.001 to 1, not 0"),
+        ("[mha](tokens=0.5, tokens=1)", "column 19: tokens is given twice"),
+        (
+            "[mha](tokens=0.5",
+            "column 17: expected ')' or ',' after the value 0.5, but the text ends",
         ),
         ("[mha > swiglu](join=sum)", "column 15: expected '>' or the end after the slot, not '('"),
         ("mha*0", "column 5: repeats are a whole number of at least 1, not '0'"),

@@ -20,6 +20,7 @@ HYBRIDS = (
     "lstm-attention",
     "mamba-moe",
     "conformer-like",
+    "moeut-like",
 )
 
 

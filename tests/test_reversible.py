@@ -49,6 +49,10 @@ GENOMES = {
     ),
     "scores handed on": "realformer > swiglu > realformer > swiglu > [realformer | mamba2]",
     "routed heads": "moh > swiglu > moh(weights=@r) > moh(weights=@r)",
+    "routed tokens": (
+        "[mha(weights=@a)](tokens=0.5) > [mqa | mamba2](join=top1) > [moe](tokens=0.3) > "
+        "[mha(weights=@a) | gla](join=gate, tokens=0.7)"
+    ),
 }
 """Everything that one slot can have of another."""
 

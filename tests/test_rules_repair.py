@@ -113,6 +113,14 @@ SPACES = [wide_space(), NARROW, SHARING]
                 "stand in different slots"
             ),
         ),
+        (
+            "mha(features=@a) > mha(features=@a) > [mha(features=@a)](tokens=0.5)",
+            "tokens",
+            (
+                "slot 2: features=@a where tokens=0.5; operators share features in slots that "
+                "take all tokens"
+            ),
+        ),
     ],
 )
 def test_every_rule_says_what_is_wrong(text: str, rule: str, sentence: str) -> None:
@@ -144,7 +152,7 @@ def test_every_rule_says_what_is_wrong(text: str, rule: str, sentence: str) -> N
         (
             Genome(64, (Slot((Op("mha"),), "max"),)),
             "slot",
-            "slot 0: join is one of mean, sum, norm, not max",
+            "slot 0: join is one of mean, sum, norm, gate, top1, not max",
         ),
         (
             Genome(64, (Slot((Op("mha", (("heds", 2),)),)),)),
@@ -237,9 +245,10 @@ OPS = st.builds(
     LABELS,
 )
 SLOTS = st.builds(
-    lambda ops, join: Slot(tuple(ops), join),
+    lambda ops, join, tokens: Slot(tuple(ops), join, tokens),
     st.lists(OPS, max_size=3),
-    st.sampled_from(["mean", "sum", "norm", "max"]),
+    st.sampled_from(["mean", "sum", "norm", "top1", "max"]),
+    st.sampled_from([1.0, 1.0, 0.5, 0.0, 7.0]),
 )
 JUNK = st.builds(
     Genome,

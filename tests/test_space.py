@@ -156,6 +156,7 @@ class Enumerator:
         {"pattern": "free", "depth": [1, 3]},
         {"parallel": {"branches": 2, "share": 0.5}, "join": ["mean", "sum"], "depth": 3},
         {"parallel": {"branches": 3, "share": 0.5}, "depth": 2, "tied": [True, False]},
+        {"parallel": {"branches": 2, "share": 0.5}, "depth": 2, "tokens": [1.0, 0.5, 0.25]},
         {"slots": [{"at": -1, "operators": ["swiglu"]}], "position": ["rope", "none"]},
     ],
     ids=str,
@@ -171,7 +172,11 @@ def test_the_size_is_counted_right(changes: dict[str, Any]) -> None:
     for _ in itertools.count():
         genome = sample(space, choose)
         ordered = [
-            (tuple(sorted((op.name, op.genes) for op in slot.branches)), slot.join)
+            (
+                tuple(sorted((op.name, op.genes) for op in slot.branches)),
+                slot.join,
+                slot.tokens,
+            )
             for slot in genome.slots
         ]
         header = (genome.width, genome.position, genome.tied)
@@ -256,8 +261,8 @@ OPERATORS = {"operators": {"mha": {}, "swiglu": {}}}
             OPERATORS | {"widht": 64},
             (
                 "space.widht: there is no such key; allowed are width, depth, position, norm, "
-                "placement, residual, embedding_norm, tied, vocab, join, operators, pattern, "
-                "slots, parallel, sharing, constraints; did you mean width?"
+                "placement, residual, embedding_norm, tied, vocab, join, tokens, operators, "
+                "pattern, slots, parallel, sharing, constraints; did you mean width?"
             ),
         ),
         (OPERATORS | {"width": 0}, "space.width: width is a whole number from 1 to 65536, not 0"),

@@ -119,6 +119,7 @@ def test_mistakes(text: str, sentence: str) -> None:
     ("notation", "sentence"),
     [
         ("[mha | mamba2]", "slot 0: STAR's integers cannot say parallel operators"),
+        ("[mha](tokens=0.5)", "slot 0: STAR's integers cannot say tokens=0.5"),
         ("{norm=layernorm} mha", "STAR's integers cannot say norm=layernorm"),
         (
             "mha > mha(heads=2, weights=@a)",

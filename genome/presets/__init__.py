@@ -13,7 +13,7 @@ from ...primitives.nearest import nearest
 from ..genome import Genome, Slot
 from ..header import MAX_SLOTS, with_header
 from ..notation import parse
-from ..resolve import groups, relabel, replace_ops
+from ..resolve import Kind, groups, relabel, replace_ops
 
 _FOLDER = Path(__file__).parent
 
@@ -78,7 +78,8 @@ def load(name: str, width: int | None = None, depth: int | None = None) -> Genom
 
 
 def _renamed(slot: Slot, turn: int) -> Slot:
-    """The slot in that repetition of the motif: each repetition shares among its own."""
+    """The slot in that repetition of the motif: each shares features among its own, and weights
+    with the others."""
     ops = [
         replace(op, features=f"{op.features}_{turn}") if op.features is not None else op
         for op in slot.branches
@@ -88,12 +89,24 @@ def _renamed(slot: Slot, turn: int) -> Slot:
 
 def _without_lone_labels(genome: Genome) -> Genome:
     """The genome with labels a, b, ...; the cut to a depth can leave one that nothing shares."""
-    lone = {label for label, members in groups(genome, "features").items() if len(members) == 1}
+    features, weights = _lone(genome, "features"), _lone(genome, "weights")
     slots = tuple(
         replace_ops(
             slot,
-            [replace(op, features=None) if op.features in lone else op for op in slot.branches],
+            [
+                replace(
+                    op,
+                    features=None if op.features in features else op.features,
+                    weights=None if op.weights in weights else op.weights,
+                )
+                for op in slot.branches
+            ],
         )
         for slot in genome.slots
     )
     return relabel(replace(genome, slots=slots))
+
+
+def _lone(genome: Genome, kind: Kind) -> set[str]:
+    """The labels that one operator alone has."""
+    return {label for label, members in groups(genome, kind).items() if len(members) == 1}
