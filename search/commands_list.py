@@ -12,10 +12,10 @@ from ..genome.cost import DEFAULT_CONTEXT, cost
 from ..genome.notation import show as notation
 from ..primitives.base import DTYPES, Axis, Gene, Point, Primitive, show_gene
 from ..primitives.catalogue import CATALOGUE, find
-from ..primitives.nearest import nearest
+from ..primitives.nearest import unknown
 from ..proxies.tasks import TASKS, find_task
 from .options import DEFAULT_DTYPE, AsJson, Context, examples
-from .terminal import print_hanging, print_json, print_table, say, say_wrapped
+from .terminal import Mistake, print_hanging, print_json, print_table, say, say_wrapped
 from .units import bytes_text, count_text
 
 app = typer.Typer()
@@ -190,7 +190,10 @@ def list_presets(
     """List the published designs, which baselines name at any size, and compare the published
     models, which have their own; or explain one."""
     at = context or DEFAULT_CONTEXT
-    if name is not None and name not in presets.names() and nearest(name, published.names()):
+    if name is not None and name not in (known := [*presets.names(), *published.names()]):
+        sentence = f"no preset and no published model is named {name!r}"
+        raise Mistake(unknown(sentence, name, known, "`mendel presets` lists them"))
+    if name is not None and name not in presets.names():
         model = published.describe(name)
         if as_json:
             print_json(_published_dict(model, at))

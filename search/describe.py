@@ -10,7 +10,7 @@ from ..genome.files import to_dict
 from ..genome.genome import Genome
 from ..genome.hash import canonical_hash
 from ..genome.notation import show as notation
-from ..genome.residual import norms_of
+from ..genome.residual import entry_norm, norms_of
 from ..primitives.base import DTYPES, Cost
 from .objectives import CacheSettings
 from .options import DEFAULT_DTYPE
@@ -72,7 +72,8 @@ def describe(genome: Genome, counted: ModelCost, context: int, dtype: str) -> di
 def stream_text(genome: Genome) -> str:
     """Norm, placement and residual form, as far as they have an effect and are not the default."""
     norm, placement = norms_of(genome)
-    words = "no norm" if norm == "none" else f"{norm} ({placement})"
+    places = placement if entry_norm(genome) == "none" else f"{placement}, embedding"
+    words = "no norm" if norm == "none" else f"{norm} ({places})"
     if genome.residual == "ngpt":
         return "residual ngpt"
     return words if genome.residual == "plain" else f"{words} · residual {genome.residual}"

@@ -149,6 +149,9 @@ def test_published_models_are_listed_and_shown(call: Call) -> None:
     out = call("presets")[1]
     row = next(line for line in out.splitlines() if line.startswith("jamba-v0.1"))
     assert row.split()[1:3] == ["51.6G", "12.1G"]
+    out = call("show", "rwkv7-0.1b")[1]
+    assert "layernorm (pre, embedding)" in out
+    assert "embedding 65536 × 768 · layernorm" in out
     out = call("presets", "deepseek-v3")[1]
     assert "671,026,404,352" in out
     assert "YaRN" in out
