@@ -130,7 +130,8 @@ GEMMA3_LOCAL_BASE, GEMMA3_BASE = 10000.0, 1000000.0
 GEMMA3_PERIOD = 6
 """One full attention in so many layers, where the file does not say."""
 
-EMBEDDING = "the factor sqrt(width) on embeddings"
+# Gemma's factor sqrt(width) on embeddings is no difference: it can stand in the tables, and its
+# inverse in the last norm's scale.
 LATER = "it reads later tokens, which no language model's genome does"
 
 
@@ -200,7 +201,6 @@ def phi3(f: Fields) -> Genome:
 def gemma(f: Fields) -> Genome:
     """`GemmaConfig`: GeGLU, wide heads."""
     f.epsilon("rms_norm_eps")
-    f.note(EMBEDDING)
     f.never("use_bidirectional_attention", why=LATER)
     # Files call the activation by two names and two forms; the library runs the tanh form for all.
     f.get("hidden_act"), f.get("hidden_activation")
@@ -240,7 +240,6 @@ def gemma3(f: Fields) -> Genome:
 def _gemma_windows(f: Fields, layers: list[str], genes: Mapping[str, dict[str, Gene]]) -> Genome:
     """The layers of Gemma 2 and 3: `genes` of a layer's kind, all slots between two norms."""
     f.epsilon("rms_norm_eps")
-    f.note(EMBEDDING)
     f.never("use_bidirectional_attention", why=LATER)
     f.neutral("final_logit_softcapping", None, what="a cap on logits")
     f.neutral("query_pre_attn_scalar", heads_of(f)[2], what="a factor of its own on scores")

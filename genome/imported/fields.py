@@ -9,6 +9,7 @@ from typing import Any
 
 from ...primitives.base import Gene, GeneError
 from ...primitives.catalogue import find
+from ...primitives.norm import RMSNORM_EPS
 from ..genome import Genome, Op, Slot
 from ..header import MAX_SLOTS, with_header
 from ..rules import violations
@@ -169,10 +170,13 @@ class Fields:
         if value not in values:
             self.note(f"{what} ({name}={shown(value)})")
 
-    def epsilon(self, name: str, own: float = 1e-6) -> None:
-        """Notes a norm's epsilon that is not the genome's."""
-        if self.number(name) != own:
-            self.note(f"the norms' epsilon ({name}={self.get(name):g}; a genome's is {own:g})")
+    def epsilon(self, name: str, inside: float | None = None) -> None:
+        """Notes a norm's epsilon that is not the genome's; `inside` is that of its operator's own
+        norm, which takes the same field."""
+        found = self.number(name)
+        if found != RMSNORM_EPS or inside not in (None, found):
+            own = f"{RMSNORM_EPS:g}" if inside is None else f"{RMSNORM_EPS:g} and {inside:g}"
+            self.note(f"the norms' epsilon ({name}={found:g}; a genome's is {own})")
 
     def unread(self) -> list[str]:
         """The file's fields that no reader asked for and that may mean something."""

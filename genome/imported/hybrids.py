@@ -148,6 +148,7 @@ def mamba2_of(f: Fields, inner: int, norm: str = "gated-rmsnorm") -> Op:
         state="mamba_d_state",
         groups="mamba_n_groups",
         taps="mamba_d_conv",
+        epsilon="rms_norm_eps",
         norm=norm,
     )
 
@@ -188,7 +189,6 @@ def jamba(f: Fields) -> Genome:
 
 def falcon_h1(f: Fields) -> Genome:
     """`FalconH1Config`: attention and Mamba-2 side by side."""
-    f.epsilon("rms_norm_eps")
     f.never("projectors_bias")
     factors = [f.number(name) for name in FALCON_FACTORS]
     for name in ("mlp_multipliers", "ssm_multipliers"):
@@ -219,7 +219,6 @@ def falcon_h1(f: Fields) -> Genome:
 def granite(f: Fields) -> Genome:
     """`GraniteMoeHybridConfig`: a dense MLP in every layer, experts beside it where there are
     any."""
-    f.epsilon("rms_norm_eps")
     layers = f.layers("layer_types", KINDS)
     layers = layers or ["mamba"] * layer_count(f, None)
     layer_count(f, layers)
@@ -252,7 +251,6 @@ def granite(f: Fields) -> Genome:
 
 def bamba(f: Fields) -> Genome:
     """`BambaConfig`: half of a head's channels are turned."""
-    f.epsilon("rms_norm_eps")
     count = layer_count(f, None)
     places = f.list_of("attn_layer_indices", int, "layers' numbers") or []
     f.get("z_loss_coefficient")

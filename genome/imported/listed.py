@@ -44,6 +44,7 @@ NEMOTRON_H: Mapping[str, Any] = {
     "mamba_hidden_act": "silu",
     "n_groups": 8,
     "conv_kernel": 4,
+    "time_step_min": 0.001,
     "use_conv_bias": True,
     "mamba_proj_bias": False,
     "n_routed_experts": 8,
@@ -108,10 +109,11 @@ def lfm2(f: Fields) -> Genome:
 
 def nemotron_h(f: Fields) -> Genome:
     """`NemotronHConfig`: single operators in the order of a pattern, no positions."""
-    f.epsilon("layer_norm_epsilon")
+    f.number("layer_norm_epsilon")
     f.never("use_bias", "mamba_proj_bias", "moe_latent_size")
     f.always("use_conv_bias", why="a genome's Mamba has a bias on the convolution")
     f.neutral("mamba_hidden_act", "silu", what="the activation after the convolution")
+    f.neutral("time_step_min", None, 0, what="a least step size in the library's Mamba-2")
     if f.whole("num_nextn_predict_layers", low=0):
         f.note("the modules that predict more than one token")
     for name in (
@@ -119,7 +121,6 @@ def nemotron_h(f: Fields) -> Genome:
         "mtp_layers_block_type",
         "mtp_hybrid_override_pattern",
         "moe_shared_expert_overlap",
-        "time_step_min",
         "time_step_max",
         "time_step_floor",
         "time_step_rank",
@@ -168,6 +169,7 @@ def _nemotron_slot(f: Fields, kind: str) -> Slot:
             state="ssm_state_size",
             groups="n_groups",
             taps="conv_kernel",
+            epsilon="layer_norm_epsilon",
         )
         return Slot((layer,))
     if kind == "mlp":

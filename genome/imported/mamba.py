@@ -67,6 +67,7 @@ STARTS = (
 def mamba(f: Fields) -> Genome:
     """`MambaConfig`."""
     _common(f)
+    f.epsilon("layer_norm_epsilon")
     width = f.whole("hidden_size")
     expand = f.number("expand")
     inner = f.get("intermediate_size")
@@ -102,6 +103,7 @@ def mamba2_model(f: Fields) -> Genome:
         state="state_size",
         groups="n_groups",
         taps="conv_kernel",
+        epsilon="layer_norm_epsilon",
     )
     return f.genome(alone(layer) * layer_count(f, None), position="none")
 
@@ -110,7 +112,6 @@ def _common(f: Fields) -> None:
     f.never("use_bias", why="Mamba's projections have no biases in a genome")
     f.always("use_conv_bias", why="a genome's Mamba has a bias on the convolution")
     f.neutral("hidden_act", "silu", what="the activation after the convolution")
-    f.epsilon("layer_norm_epsilon")
     for name in STARTS:
         f.get(name)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...primitives.base import Gene
 from ...primitives.channel.mlp import inner_width
+from ...primitives.recurrent_parts import EPS
 from ..genome import Op
 from ..header import MAX_SLOTS
 from .fields import ConfigurationError, Fields, op, shown
@@ -173,10 +174,12 @@ def mamba2(
     state: str,
     groups: str,
     taps: str,
+    epsilon: str,
     norm: str = "gated-rmsnorm",
 ) -> Op:
     """Mamba-2 from the names of its fields and its inner width; `auto` heads are as wide as it
-    takes."""
+    takes. `epsilon` is the field that its own norm shares with the layers'."""
+    f.epsilon(epsilon, inside=None if norm == "none" else EPS)
     count = f.whole(heads)
     wide = inner // count if f.get(head_dim) == "auto" else f.whole(head_dim)
     if count * wide != inner:

@@ -7,7 +7,6 @@ from typing import Any
 
 from ...primitives.base import Gene
 from ..genome import Genome, Slot
-from .dense import EMBEDDING
 from .fields import ConfigurationError, Fields, alone, op
 from .parts import attention, expansion, layer_count, mlp, rope
 
@@ -70,7 +69,6 @@ RUNNING = (
 def recurrent_gemma(f: Fields) -> Genome:
     """`RecurrentGemmaConfig`: a block's gates have as many blocks as attention has heads."""
     f.epsilon("rms_norm_eps")
-    f.note(EMBEDDING)
     if f.get("logits_soft_cap"):
         f.note(f"a cap on logits (logits_soft_cap={f.number('logits_soft_cap'):g})")
     f.neutral(
