@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from mendel.genome import published
-
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "bos_token_id": 1,
@@ -386,6 +384,3 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vocab_size": 163840,
     },
 }
-
-GENOMES = {name: published.load(name) for name in CONFIGS if name in published.names()}
-"""The published genomes of these models."""

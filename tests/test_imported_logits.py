@@ -42,6 +42,14 @@ CASES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 64,
         "decoder_sparse_step": 2,
     },
+    "qwen2_moe": {
+        **DENSE,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 128,
+        "mlp_only_layers": [1],
+    },
     "mamba": {**SMALL, "layer_norm_epsilon": 1e-6},
     "mamba2": {
         **SMALL,
@@ -159,8 +167,14 @@ def mlp(t: Weights) -> Weights:
             return joined(t, "entry", both) | joined(t, "exit", down)
     entry = "experts.gate_up_proj" if "experts.gate_up_proj" in t else "experts.up_proj"
     router = "router.weight" if "router.weight" in t else "gate.weight"
-    own = {"router": t[router], "entry": t[entry], "exit": t["experts.down_proj"]}
-    shared = of(t, "shared_experts")
+    own = {
+        "router.weight": t[router],
+        "experts.entry": t[entry],
+        "experts.exit": t["experts.down_proj"],
+    }
+    if "shared_expert_gate.weight" in t:
+        own["shared_gate"] = t["shared_expert_gate.weight"]
+    shared = of(t, "shared_experts") or of(t, "shared_expert")
     return own | ({f"shared.{name}": w for name, w in mlp(shared).items()} if shared else {})
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from ...primitives.base import GeneError
 from ...primitives.nearest import unknown
 from ..genome import Genome
-from . import dense, experts, hybrids, kimi, listed, mamba, recurrent
+from . import dense, experts, hybrids, kimi, listed, mamba, qwen, recurrent
 from .fields import ConfigurationError as ConfigurationError
 from .fields import Fields, shown
 
@@ -45,10 +45,23 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family("MixtralConfig", experts.mixtral, experts.MIXTRAL),
     "qwen3_moe": Family(
         "Qwen3MoeConfig",
-        experts.qwen3_moe,
-        experts.QWEN3_MOE,
+        qwen.qwen3_moe,
+        qwen.QWEN3_MOE,
         {"num_experts": "num_local_experts"},
     ),
+    "qwen2_moe": Family(
+        "Qwen2MoeConfig",
+        qwen.qwen2_moe,
+        qwen.QWEN2_MOE,
+        {"num_local_experts": "num_experts"},
+    ),
+    "qwen3_next": Family(
+        "Qwen3NextConfig",
+        qwen.qwen3_next,
+        qwen.QWEN3_NEXT,
+        {"num_local_experts": "num_experts"},
+    ),
+    "gpt_oss": Family("GptOssConfig", qwen.gpt_oss, qwen.GPT_OSS),
     "deepseek_v2": Family("DeepseekV2Config", experts.deepseek_v2, experts.DEEPSEEK_V2),
     "deepseek_v3": Family("DeepseekV3Config", experts.deepseek_v3, experts.DEEPSEEK_V3),
     "mamba": Family("MambaConfig", mamba.mamba, mamba.MAMBA),

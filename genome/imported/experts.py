@@ -1,4 +1,4 @@
-"""Transformers with experts: Mixtral, DeepSeek-V2 and V3, Qwen 3 MoE."""
+"""Transformers with experts: Mixtral, DeepSeek-V2 and V3."""
 
 from __future__ import annotations
 
@@ -23,26 +23,6 @@ MIXTRAL: Mapping[str, Any] = {
     "rope_theta": 1000000.0,
     "num_experts_per_tok": 2,
     "num_local_experts": 8,
-}
-QWEN3_MOE: Mapping[str, Any] = {
-    "vocab_size": 151936,
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "rope_theta": 10000.0,
-    "attention_bias": False,
-    "use_sliding_window": False,
-    "decoder_sparse_step": 1,
-    "moe_intermediate_size": 768,
-    "num_experts_per_tok": 8,
-    "num_local_experts": 128,
-    "norm_topk_prob": False,
-    "mlp_only_layers": [],
 }
 DEEPSEEK_V2: Mapping[str, Any] = {
     "vocab_size": 102400,
@@ -117,36 +97,6 @@ def hidden(f: Fields) -> dict[str, Gene]:
     return {"activation": activation(f, "hidden_act")}
 
 
-def qwen3_moe(f: Fields) -> Genome:
-    """`Qwen3MoeConfig`: Qwen 3 with experts in every layer, or in every so many."""
-    f.epsilon("rms_norm_eps")
-    genes: dict[str, Gene] = {"qk_norm": True, "bias": f.flag("attention_bias"), **rope(f)}
-    experts = op(
-        "mixtral",
-        experts=f.whole("num_local_experts"),
-        top_k=f.whole("num_experts_per_tok"),
-        expansion=expansion(f, "moe_intermediate_size"),
-        renormalise=f.flag("norm_topk_prob"),
-        **hidden(f),
-    )
-    local = window(f)
-    if f.flag("use_sliding_window"):
-        genes |= local
-    f.get("intermediate_size")
-    slots: list[Slot] = []
-    for sparse in sparse_layers(f):
-        slots += alone(attention(f, **genes), experts if sparse else mlp(f))
-    return f.genome(slots)
-
-
-def sparse_layers(f: Fields) -> list[bool]:
-    """Whether each layer has experts, by Qwen's two fields."""
-    step = f.whole("decoder_sparse_step")
-    dense = f.list_of("mlp_only_layers", int, "layers' numbers") or []
-    count = layer_count(f, None)
-    return [i not in dense and (i + 1) % step == 0 for i in range(count)]
-
-
 def latent_attention(f: Fields, position: str = "rope") -> Op:
     """Multi-head latent attention by DeepSeek's fields."""
     f.never("attention_bias", why="its biases are on some projections only")
@@ -173,9 +123,9 @@ def deepseek_v2(f: Fields) -> Genome:
     """`DeepseekV2Config`: softmax scores, which the chosen experts keep."""
     f.epsilon("rms_norm_eps")
     f.never("mlp_bias")
-    limits: dict[str, Gene] = {}
+    groups: dict[str, Gene] = {}
     if f.option("topk_method", ("greedy", "group_limited_greedy")) == "group_limited_greedy":
-        limits = {"groups": f.whole("n_group"), "top_groups": f.whole("topk_group")}
+        groups = {"groups": f.whole("n_group"), "top_groups": f.whole("topk_group")}
     f.get("n_group"), f.get("topk_group"), f.get("aux_loss_alpha")
     f.neutral("scoring_func", None, "softmax", what="the scores of the router")
     experts = op(
@@ -186,7 +136,7 @@ def deepseek_v2(f: Fields) -> Genome:
         shared=f.optional("n_shared_experts") or 0,
         renormalise=f.flag("norm_topk_prob"),
         scale=f.number("routed_scaling_factor"),
-        **limits,
+        **groups,
         **hidden(f),
     )
     return deepseek_layers(f, latent_attention(f), experts)
@@ -205,7 +155,7 @@ def deepseek_v3(f: Fields) -> Genome:
     return deepseek_layers(f, latent_attention(f), experts)
 
 
-def sigmoid_experts(f: Fields, point: str = "moe", /, **genes: Gene) -> Op:
+def sigmoid_experts(f: Fields, point: str = "moe", **genes: Gene) -> Op:
     """Experts by DeepSeek-V3's router; shared experts and activation are the caller's."""
     return op(
         point,
@@ -213,11 +163,11 @@ def sigmoid_experts(f: Fields, point: str = "moe", /, **genes: Gene) -> Op:
         top_k=f.whole("num_experts_per_tok"),
         expansion=expansion(f, "moe_intermediate_size"),
         score="sigmoid",
+        renormalise=f.flag("norm_topk_prob"),
+        scale=f.number("routed_scaling_factor"),
         groups=f.whole("n_group"),
         top_groups=f.whole("topk_group"),
         group_score="top2",
-        renormalise=f.flag("norm_topk_prob"),
-        scale=f.number("routed_scaling_factor"),
         **genes,
     )
 

@@ -179,8 +179,8 @@ class Fields:
             self.note(f"the norms' epsilon ({name}={found:g}; a genome's is {own})")
 
     def unread(self) -> list[str]:
-        """The file's fields that no reader asked for and that may mean something."""
-        return sorted(set(self._values) - self._asked - SILENT)
+        """The file's fields that nobody knows here and that may mean something."""
+        return sorted(set(self._values) - self._asked - set(self._defaults) - SILENT)
 
     def genome(
         self, slots: Sequence[Slot], position: str = "rope", placement: str = "pre"

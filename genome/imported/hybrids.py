@@ -234,10 +234,11 @@ def granite(f: Fields) -> Genome:
     channel = Slot((mlp(f, size="shared_intermediate_size"),))
     if f.whole("num_local_experts", low=0):
         experts = op(
-            "mixtral",
+            "moe",
             experts=f.whole("num_local_experts"),
             top_k=f.whole("num_experts_per_tok"),
             expansion=expansion(f, "intermediate_size"),
+            balance="none",
             **hidden(f),
         )
         inner, always_on = f.whole("intermediate_size"), f.whole("shared_intermediate_size")

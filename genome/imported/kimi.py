@@ -72,7 +72,7 @@ def kimi_linear(f: Fields) -> Genome:
     )
     mla = latent_attention(f, position="none")
     shared = f.optional("n_shared_experts") or 0
-    experts = sigmoid_experts(f, shared=shared, **hidden(f))
+    experts = sigmoid_experts(f, "moe", shared=shared, **hidden(f))
     dense = mlp(f)
     for name in ("rope_theta", "rope_scaling", "rope_parameters", "mla_use_nope"):
         f.get(name)

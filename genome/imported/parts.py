@@ -24,7 +24,7 @@ ACTIVATIONS = {
 }
 """The library's names of activations."""
 
-YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+YARN = {"beta_fast": 32.0, "beta_slow": 1.0}
 """What of YaRN the genome's form has fixed (`primitives/rope.py`)."""
 
 
@@ -115,6 +115,7 @@ def rope(
             "rope_scaling": "yarn",
             "rope_factor": _number("factor", known.get("factor")),
             "rope_original": known["original_max_position_embeddings"],
+            "rope_rounded": known.get("truncate", True),
         }
     elif scaling != "default":
         f.note(f"a scaling of RoPE ({scaling})")

@@ -96,7 +96,9 @@ def recurrent_gemma(f: Fields) -> Genome:
     mixer = attention(f, **window, **genes)
     half = f.whole("intermediate_size") // 2
     channel = mlp(f, act="hidden_activation", inner=half, bias=True)
-    blocks = f.layers("block_types", BLOCKS) or []
+    blocks = f.layers("block_types", BLOCKS)
+    if blocks is None:
+        raise f.refuse("block_types", "it is a list of recurrent and attention")
     slots: list[Slot] = []
     for i in range(layer_count(f, None)):
         kind = blocks[i % len(blocks)]
