@@ -87,6 +87,8 @@ FAMILIES: dict[str, Family] = {
         listed.NEMOTRON_H,
         {
             "layer_types": "layers_block_type",
+            "attention_head_dim": "head_dim",
+            "num_query_groups": "num_key_value_heads",
             "mamba_n_groups": "n_groups",
             "mamba_d_conv": "conv_kernel",
             "mamba_conv_bias": "use_conv_bias",

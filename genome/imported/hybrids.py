@@ -226,6 +226,7 @@ def granite(f: Fields) -> Genome:
     factors = ("embedding_multiplier", "logits_scaling", "residual_multiplier")
     if any(f.get(name) != 1 for name in factors) or f.get("attention_multiplier") != head_dim**-0.5:
         f.note("fixed factors on embeddings, scores, residual additions and logits (*_multiplier)")
+    f.neutral("normalization_function", None, "rmsnorm", what="norms of another kind")
     turned = f.get("position_embedding_type") == "rope"
     genes: dict[str, Gene] = {"bias": f.flag("attention_bias"), **(rope(f) if turned else {})}
     if not turned:

@@ -76,6 +76,7 @@ def kimi_linear(f: Fields) -> Genome:
     dense = mlp(f)
     for name in ("rope_theta", "rope_scaling", "rope_parameters", "mla_use_nope"):
         f.get(name)
+    f.neutral("num_nextn_predict_layers", None, 0, what="modules that predict further tokens")
     for name in ("moe_router_activation_func", "use_grouped_topk", "topk_method"):
         f.get(name)
     slots: list[Slot] = []

@@ -77,6 +77,7 @@ def lfm2(f: Fields) -> Genome:
     for name in ("block_mlp_init_scale", "block_norm_eps", "block_out_init_scale"):
         f.get(name)
     for name in (
+        "num_heads",
         "block_use_swiglu",
         "block_use_xavier_init",
         "conv_use_xavier_init",
