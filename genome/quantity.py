@@ -9,7 +9,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 _NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
-_COUNT_UNITS = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
+_COUNT_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
+_COUNT_UNITS |= {unit.upper(): factor for unit, factor in _COUNT_UNITS.items()}
 _BYTE_UNITS = {
     "": 1.0,
     "B": 1.0,
@@ -44,7 +45,8 @@ def _read(value: Any, units: dict[str, float], what: str) -> float:
 
 
 def read_count(value: Any) -> float:
-    """A number of parameters, operations or tokens: `400000`, `400k`, `1.3B` (k, M, B or G, T)."""
+    """A number of parameters, operations or tokens: `400000`, `400k`, `1.3B` (k, M, B or G, T, in
+    either case)."""
     return _read(value, _COUNT_UNITS, "a number of at least 0, such as 400000, 400k or 1.3B")
 
 

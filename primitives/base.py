@@ -12,6 +12,11 @@ from torch import Tensor, nn
 Gene = bool | int | float | str | None
 """The value of one axis in a genome."""
 
+Growth = Literal["", "heads", "shares", "head", "width"]
+"""How the value of an axis goes with the model's width: not at all, as a number of heads (blocks)
+that divide it, as a number of groups of such heads, as channels of one head, as channels that are
+some share of the width."""
+
 DTYPES: dict[str, torch.dtype] = {
     "fp64": torch.float64,
     "fp32": torch.float32,
@@ -45,7 +50,8 @@ class Axis:
 
     Either `options` lists every allowed value, or `low` and `high` bound a number (both inclusive;
     `high=None` is unbounded). `search` is what a study draws from when it does not say; a value
-    outside `search` but inside the bounds is still valid.
+    outside `search` but inside the bounds is still valid. `grows` is what a design does with the
+    value when it is scaled to another width (`genome/widen.py`).
     """
 
     name: str
@@ -55,6 +61,7 @@ class Axis:
     low: float | None = None
     high: float | None = None
     search: tuple[Gene, ...] = ()
+    grows: Growth = ""
 
     @property
     def type(self) -> type:
@@ -166,6 +173,18 @@ def is_causal(config: Config) -> bool:
     """No output of the operator depends on a later token. Configs of operators that can also read
     the whole sequence have a field `causal`; the others have none and are causal."""
     return bool(getattr(config, "causal", True))
+
+
+def training_flops(config: Config, context: int) -> float:
+    """FLOPs per token of one forward pass over a whole sequence of `context` tokens.
+
+    They are decoding's, but for configs that decode in another form than they train in: those have
+    a method `training_flops`.
+    """
+    own = getattr(config, "training_flops", None)
+    if own is None:
+        return config.cost(context, torch.bfloat16).flops_per_token
+    return float(own(context))
 
 
 @dataclass

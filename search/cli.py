@@ -10,11 +10,13 @@ from typing import Annotated
 
 import typer
 
+from ..genome.devices import DeviceError
 from ..genome.files import GenomeFileError
 from ..genome.imported import ConfigurationError
 from ..genome.notation import NotationError
 from ..genome.presets import PresetError
 from ..genome.rules import InvalidGenome
+from ..genome.scale import ScaleError
 from ..genome.star import StarError
 from ..primitives.base import GeneError
 from ..proxies.task import ProxyError
@@ -25,6 +27,7 @@ from .commands_list import app as listing
 from .commands_look import app as look
 from .commands_result import app as result
 from .commands_run import app as compute
+from .commands_scale import app as scaling
 from .commands_setup import app as setup
 from .driver import Interrupted
 from .store import RunError
@@ -45,6 +48,8 @@ MISTAKES = (
     InvalidGenome,
     PresetError,
     ProxyError,
+    DeviceError,
+    ScaleError,
     StarError,
 )
 
@@ -61,7 +66,7 @@ app = typer.Typer(
     "take the winners along.",
     epilog="Begin with: mendel init, then mendel search study.yaml",
 )
-for _part in (compute, result, look, comparing, listing, importing, web, setup):
+for _part in (compute, result, look, comparing, scaling, listing, importing, web, setup):
     app.add_typer(_part)
 
 

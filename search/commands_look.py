@@ -12,15 +12,24 @@ from ..genome import published
 from ..genome.cost import cost
 from ..genome.notation import show as notation
 from ..primitives.base import DTYPES
-from .describe import check_dtype, counting, describe, exact_text, header_text
-from .draw import drawing
+from .describe import check_dtype, counting, describe, exact_text, header_text, print_drawing
 from .front import shown_value
 from .options import WHAT, AsJson, Context, Depth, Dtype, Width, examples
 from .outline import outline
 from .picture import picture
 from .source import Source, find_genome
 from .store import write_text
-from .terminal import Mistake, console, plain, print_json, unicode_works
+from .terminal import Mistake, console, plain, print_json, say_wrapped
+from .training_text import (
+    DeviceName,
+    Mfu,
+    Ratio,
+    Tokens,
+    training_dict,
+    training_lines,
+    training_of,
+    training_plan,
+)
 
 app = typer.Typer()
 
@@ -31,6 +40,7 @@ app = typer.Typer()
         "mendel show '[mamba2 > swiglu]*3 > [gqa(kv_heads=2) | mamba2] > moe(experts=8, top_k=2)'",
         "mendel show runs/quickstart:12 --context 65536 --json",
         "mendel show striped --svg striped.svg",
+        "mendel show llama-3.1-8b --tokens 15T --device H100 --context 8192",
     )
 )
 def show(
@@ -42,20 +52,27 @@ def show(
     svg: Annotated[
         Path | None, typer.Option(help="Write the drawing to this .svg file too.")
     ] = None,
+    tokens: Tokens = None,
+    ratio: Ratio = None,
+    mfu: Mfu = None,
+    device: DeviceName = None,
     as_json: AsJson = False,
 ) -> None:
-    """Draw a genome in the terminal, with its costs per slot and whole."""
+    """Draw a genome in the terminal, with its costs per slot and whole, and what training costs."""
     if svg is not None and (svg.suffix != ".svg" or not svg.absolute().parent.is_dir()):
         raise Mistake(f"--svg names a file that ends in .svg, in a folder that exists, not {svg}")
     check_dtype(dtype)
+    plan = training_plan(tokens, ratio, mfu, device)
     found = find_genome(what, width, depth)
     at = counting(found.run, context, dtype)
     counted = cost(found.genome, at.context, DTYPES[at.dtype])
+    training = training_of(found.genome, at.context, plan)
     content = outline(found.genome, counted)
     if svg is not None:
         write_text(svg, picture(content, notation(found.genome)))
     if as_json:
-        print_json(describe(found.genome, counted, at.context, at.dtype))
+        described = describe(found.genome, counted, at.context, at.dtype)
+        print_json({**described, "training": training_dict(training, plan)})
         return
     screen = console()
     screen.print(Text(plain(f"{found.name} · {header_text(found.genome)}"), style="bold"))
@@ -64,19 +81,9 @@ def show(
         screen.print(Text(plain(_trial_line(found))))
     if what in published.names():
         screen.print(Text(plain(exact_text(counted.total))))
-    screen.print()
-    for line in drawing(content, screen.width, unicode_works()):
-        screen.print(line, soft_wrap=True)
-    screen.print(
-        Text(
-            plain(
-                f"Cache of one sequence of {at.context:,} tokens in {at.dtype}{at.reason}; FLOPs "
-                "per token are the mean over its positions. Numbers are of one slot, each time it "
-                "stands."
-            ),
-            style="dim",
-        )
-    )
+    print_drawing(content, at)
+    for sentence in training_lines(training, plan):
+        say_wrapped(sentence, "dim")
 
 
 def _trial_line(source: Source) -> str:

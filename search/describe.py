@@ -12,10 +12,12 @@ from ..genome.hash import canonical_hash
 from ..genome.notation import show as notation
 from ..genome.residual import entry_norm, norms_of
 from ..primitives.base import DTYPES, Cost
+from .draw import drawing
 from .objectives import CacheSettings
 from .options import DEFAULT_DTYPE
+from .outline import Outline
 from .run import RunView
-from .terminal import Mistake
+from .terminal import Mistake, console, say_wrapped, unicode_works
 
 
 @dataclass(frozen=True)
@@ -99,3 +101,16 @@ def exact_text(total: Cost) -> str:
         f"cache {total.state_bytes:,} bytes",
     ]
     return " · ".join(words)
+
+
+def print_drawing(content: Outline, at: Counting) -> None:
+    """The drawing of a genome to stdout, and under it what its numbers mean."""
+    screen = console()
+    screen.print()
+    for line in drawing(content, screen.width, unicode_works()):
+        screen.print(line, soft_wrap=True)
+    say_wrapped(
+        f"Cache of one sequence of {at.context:,} tokens in {at.dtype}{at.reason}; FLOPs per token "
+        "are the mean over its positions. Numbers are of one slot, each time it stands.",
+        "dim",
+    )

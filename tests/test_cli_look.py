@@ -39,6 +39,7 @@ SHOW_KEYS = {"genome", "notation", "hash", "params", "active_params", "flops_per
     "context",
     "dtype",
     "slots",
+    "training",
 }
 
 

@@ -106,7 +106,7 @@ ATTENTION = Primitive(
     source="Vaswani et al., Attention Is All You Need, arXiv 1706.03762",
     liv=Liv("dense", "low-rank", "none", "softmax", "grouped"),
     axes=(
-        Axis("heads", 4, "query heads", low=1.0, high=1024.0, search=(1, 2, 4, 8)),
+        Axis("heads", 4, "query heads", low=1.0, high=1024.0, search=(1, 2, 4, 8), grows="heads"),
         Axis(
             "kv_heads",
             0,
@@ -114,8 +114,16 @@ ATTENTION = Primitive(
             low=0.0,
             high=1024.0,
             search=(0, 1, 2),
+            grows="shares",
         ),
-        Axis("head_dim", 0, "width of a head; 0 for width / heads", low=0.0, high=1024.0),
+        Axis(
+            "head_dim",
+            0,
+            "width of a head; 0 for width / heads",
+            low=0.0,
+            high=1024.0,
+            grows="head",
+        ),
         *LATENT_AXES,
         *PATTERN_AXES,
         *MEMORY_AXES,

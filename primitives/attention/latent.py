@@ -87,18 +87,29 @@ class LatentConfig:
         own = 0 if self.borrows else self.cached
         return [queries, own, self.output_width if self.gate == "sigmoid" else 0]
 
+    def _products(self) -> int:
+        """Weights of the projections, which both forms use once per token."""
+        products = self.width * (sum(self.parts()) + self.output_width)
+        products += self.q_rank * self.heads * self.query_dim
+        return products + self.latent * self.heads * (self.head_dim + self.value_dim)
+
+    def _flops(self, channels: int, context: int) -> float:
+        """Per token, with scores and sums over so many channels of a head."""
+        seen = self.pattern.seen(context)
+        own = self.score.flops(self.heads, self.width, seen)
+        return 2.0 * (self._products() + self.heads * channels * seen) + own
+
+    def training_flops(self, context: int) -> float:
+        """See base.training_flops: keys and values of all heads are made."""
+        return self._flops(self.query_dim + self.value_dim, context)
+
     def cost(self, context: int, dtype: torch.dtype) -> Cost:
         """See base.Config; decoding is counted in the form that does not make keys and values."""
         entry = sum(self.parts())
-        products = self.width * (entry + self.output_width)
-        products += self.q_rank * self.heads * self.query_dim
-        products += self.latent * self.heads * (self.head_dim + self.value_dim)
-        params = products + self.q_rank + (0 if self.borrows else self.latent)
+        params = self._products() + self.q_rank + (0 if self.borrows else self.latent)
         params += entry + self.width if self.bias else 0
         params += self.score.params(self.heads, self.value_dim, self.width)
-        seen = self.pattern.seen(context)
-        scores = self.heads * (self.cached + self.latent) * seen
-        flops = 2.0 * (products + scores) + self.score.flops(self.heads, self.width, seen)
+        flops = self._flops(self.cached + self.latent, context)
         kept = 0 if self.borrows else self.cached * self.pattern.cached(1, context)
         return Cost(params, params, flops, kept * dtype.itemsize)
 
@@ -310,6 +321,7 @@ LATENT_AXES = (
         "kv=latent: channels of the latent; 0 for 4 * head_dim, as in DeepSeek-V2",
         low=0.0,
         high=65536.0,
+        grows="head",
     ),
     Axis(
         "rope_dim",
@@ -318,6 +330,7 @@ LATENT_AXES = (
         " is rope; 0 for half of head_dim with rope, for no such key without",
         low=0.0,
         high=1024.0,
+        grows="head",
     ),
     Axis(
         "q_rank",
@@ -325,8 +338,16 @@ LATENT_AXES = (
         "kv=latent: channels of the latent of the queries; 0 for none",
         low=0.0,
         high=65536.0,
+        grows="width",
     ),
-    Axis("value_dim", 0, "kv=latent: a head's values; 0 for head_dim", low=0.0, high=1024.0),
+    Axis(
+        "value_dim",
+        0,
+        "kv=latent: a head's values; 0 for head_dim",
+        low=0.0,
+        high=1024.0,
+        grows="head",
+    ),
 )
 
 LATENT_POINTS = (

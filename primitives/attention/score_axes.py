@@ -50,6 +50,7 @@ SCORE_AXES: tuple[Axis, ...] = (
         "heads per token that a router chooses (MoH, arXiv 2410.11842); 0: all heads, no router",
         low=0.0,
         high=1024.0,
+        grows="shares",
     ),
     Axis(
         "shared_heads",
@@ -57,6 +58,7 @@ SCORE_AXES: tuple[Axis, ...] = (
         "with active_heads: the first heads, which are always on",
         low=0.0,
         high=1024.0,
+        grows="shares",
     ),
 )
 

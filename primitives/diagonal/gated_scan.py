@@ -263,6 +263,7 @@ GATED_SCAN = Primitive(
             " where the width has no room",
             low=0.0,
             search=(0, 1, 4, 8),
+            grows="heads",
         ),
         Axis(
             "expand",

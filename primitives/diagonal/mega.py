@@ -166,6 +166,7 @@ MEGA = Primitive(
             low=0.0,
             high=1024.0,
             search=(0,),
+            grows="width",
         ),
         Axis(
             "expand",

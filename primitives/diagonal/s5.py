@@ -168,6 +168,7 @@ SHARED_STATE_SPACE = Primitive(
             low=2.0,
             high=4096.0,
             search=(32, 64, 128),
+            grows="width",
         ),
         Axis(
             "blocks",

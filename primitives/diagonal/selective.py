@@ -187,6 +187,7 @@ SELECTIVE = Primitive(
             "numbers that the step sizes are made of; 0 is a sixteenth of the model's width",
             low=0.0,
             search=(0,),
+            grows="width",
         ),
         taps_axis(4),
         Axis(

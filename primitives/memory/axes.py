@@ -70,6 +70,7 @@ LEARNING_AXES = (
         "memories side by side; 0 takes 64 channels each, or four where the width has no room",
         low=0.0,
         search=(0, 1, 4),
+        grows="heads",
     ),
     Axis(
         "depth",

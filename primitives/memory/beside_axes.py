@@ -55,6 +55,7 @@ MEMORY_ATTENTION = Primitive(
             "heads of attention; 0 takes 64 channels each, or four where the width has no room",
             low=0.0,
             search=(0, 2),
+            grows="heads",
         ),
         Axis(
             "window",

@@ -52,6 +52,7 @@ DELTA = Primitive(
             "heads; 0 takes heads of 128 value channels, or four where the width has no room",
             low=0.0,
             search=(0, 2, 4, 8),
+            grows="heads",
         ),
         Axis(
             "key_dim",
@@ -60,6 +61,7 @@ DELTA = Primitive(
             low=0.0,
             high=256.0,
             search=(0, 16, 32, 64),
+            grows="head",
         ),
         Axis(
             "groups",
@@ -67,6 +69,7 @@ DELTA = Primitive(
             "different queries and keys, each shared by heads/groups heads; 0 is one per head",
             low=0.0,
             search=(0, 1),
+            grows="shares",
         ),
         Axis(
             "expand",

@@ -86,6 +86,7 @@ RECURRENCE = Primitive(
             "heads; 0 takes heads of 64 value channels, or four where the width has no room",
             low=0.0,
             search=(0, 2, 4, 8),
+            grows="heads",
         ),
         Axis(
             "key_dim",
@@ -94,6 +95,7 @@ RECURRENCE = Primitive(
             low=0.0,
             high=256.0,
             search=(0, 16, 32, 64),
+            grows="head",
         ),
         Axis(
             "key_expand",
@@ -109,6 +111,7 @@ RECURRENCE = Primitive(
             "different queries and keys, each shared by heads/groups heads; 0 is one per head",
             low=0.0,
             search=(0, 1),
+            grows="shares",
         ),
         Axis(
             "expand",
@@ -144,6 +147,7 @@ RECURRENCE = Primitive(
             low=0.0,
             high=256.0,
             search=(0, 16),
+            grows="width",
         ),
         Axis(
             "rotary",

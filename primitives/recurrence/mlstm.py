@@ -178,6 +178,7 @@ MLSTM = Primitive(
             "heads; 0 takes heads of 64 value channels, or four where the width has no room",
             low=0.0,
             search=(0, 2, 4),
+            grows="heads",
         ),
         Axis(
             "expand",

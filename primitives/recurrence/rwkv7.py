@@ -232,6 +232,7 @@ RWKV7 = Primitive(
             "heads; 0 takes heads of 64 channels, or four where the width has no room",
             low=0.0,
             search=(0, 2, 4),
+            grows="heads",
         ),
         Axis(
             "expand",
@@ -248,6 +249,7 @@ RWKV7 = Primitive(
             low=1.0,
             high=512.0,
             search=(16, 64),
+            grows="width",
         ),
         Axis(
             "gate_rank",
@@ -255,6 +257,7 @@ RWKV7 = Primitive(
             "numbers that the gate is made of; 0 is twice as many as `rank`",
             low=0.0,
             high=4096.0,
+            grows="width",
         ),
         Axis(
             "value_mix",
@@ -269,6 +272,7 @@ RWKV7 = Primitive(
             "mix: numbers that the share of the first layer's values is made of",
             low=1.0,
             high=512.0,
+            grows="width",
         ),
         Axis(
             "shift",

@@ -1,0 +1,156 @@
+"""The command that takes a design to a size: scale."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..genome import presets
+from ..genome.cost import cost
+from ..genome.files import dump
+from ..genome.header import HEADER
+from ..genome.notation import show as notation
+from ..genome.scale import BOUND, GROWN, Scaled, scale_preset
+from ..genome.scale import scale as scale_genome
+from ..primitives.base import DTYPES, GeneError
+from .describe import Counting, check_dtype, counting, describe, header_text, print_drawing
+from .options import WHAT, AsJson, Context, Dtype, examples
+from .outline import outline
+from .source import find_genome
+from .terminal import Mistake, print_json, say, say_wrapped
+from .training_text import (
+    DeviceName,
+    Mfu,
+    Ratio,
+    Tokens,
+    TrainingPlan,
+    read_size,
+    training_dict,
+    training_lines,
+    training_of,
+    training_plan,
+)
+from .units import count_text
+
+app = typer.Typer()
+
+SUFFIXES = (".yaml", ".yml", ".json")
+
+
+@app.command(
+    epilog=examples(
+        "mendel scale quickstart:24 --params 1.3B --vocab 50k --out big.yaml",
+        "mendel scale jamba-like --params 7B --aspect 100",
+        "mendel scale '[mamba2 > swiglu]*3 > mha > swiglu' --params 350M --depth 32",
+        "mendel scale deepseek-v2-lite --params 1B --active",
+    )
+)
+def scale(
+    what: Annotated[str, typer.Argument(help=WHAT)],
+    params: Annotated[
+        str, typer.Option(help=f"The size, such as 350M or 1.3B; met within {BOUND:.0%}.")
+    ],
+    active: Annotated[
+        bool, typer.Option("--active", help="--params are those that a token uses.")
+    ] = False,
+    aspect: Annotated[
+        float | None,
+        typer.Option(
+            help="Width over layers of two slots; without it that of published models of the size."
+        ),
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(min=1, help="Pin the width and choose the depth.")
+    ] = None,
+    depth: Annotated[
+        int | None, typer.Option(min=1, help="Pin the number of slots and choose the width.")
+    ] = None,
+    vocab: Annotated[
+        str | None, typer.Option(help="Size of the vocabulary, such as 50k; the genome's own.")
+    ] = None,
+    context: Context = None,
+    dtype: Dtype = None,
+    tokens: Tokens = None,
+    ratio: Ratio = None,
+    mfu: Mfu = None,
+    device: DeviceName = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the genome to this .yaml or .json file.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take a genome to a size: repeat its motif or stretch its pattern, and set its width."""
+    if out is not None and (out.suffix not in SUFFIXES or not out.absolute().parent.is_dir()):
+        raise Mistake(f"--out names a .yaml or .json file in a folder that exists, not {out}")
+    check_dtype(dtype)
+    plan = training_plan(tokens, ratio, mfu, device)
+    wanted = read_size("--params", params)
+    alphabet = None if vocab is None else _vocab(vocab)
+    source = find_genome(what)
+    at = counting(source.run, context, dtype)
+    if what in presets.names():
+        made = scale_preset(
+            what, wanted, vocab=alphabet, active=active, aspect=aspect, width=width, depth=depth
+        )
+    else:
+        genome = source.genome if alphabet is None else replace(source.genome, vocab=alphabet)
+        made = scale_genome(genome, wanted, active=active, aspect=aspect, width=width, depth=depth)
+    if out is not None:
+        dump(made.genome, out)
+    if as_json:
+        print_json(_described(made, wanted, active, at, plan))
+        return
+    say(f"{source.name} · {header_text(made.genome)}", "bold")
+    say_wrapped(notation(made.genome), "dim")
+    say_wrapped(_reached(made, params, active))
+    for line in made.done:
+        say_wrapped(f"  {line}")
+    print_drawing(outline(made.genome, cost(made.genome, at.context, DTYPES[at.dtype])), at)
+    for line in training_lines(training_of(made.genome, at.context, plan), plan):
+        say_wrapped(line, "dim")
+    if out is not None:
+        say_wrapped(f"Written to {out}.")
+
+
+def _vocab(text: str) -> int:
+    value = read_size("--vocab", text)
+    axis = next(axis for axis in HEADER if axis.name == "vocab")
+    try:
+        axis.check(int(value))
+    except GeneError as error:
+        raise Mistake(f"--vocab: {error}") from None
+    return int(value)
+
+
+def _reached(made: Scaled, asked: str, active: bool) -> str:
+    """The parameters that were reached, beside those that were asked for."""
+    share = abs(made.deviation)
+    side = "above" if made.deviation > 0 else "below"
+    off = f"{share:.1%} {side}" if share >= 0.0005 else "as"
+    reached = f"{count_text(made.params)} parameters"
+    if made.active_params != made.params:
+        reached += f", {count_text(made.active_params)} of them active"
+    what = f"the {asked} active" if active else f"the {asked}"
+    line = f"{reached}: {off} {what} that were asked for. Width over layers {made.aspect:.0f}"
+    if made.active_params >= GROWN:
+        line += f"; published models of the size have {made.usual_aspect:.0f}"
+    return f"{line}."
+
+
+def _described(
+    made: Scaled, wanted: float, active: bool, at: Counting, plan: TrainingPlan
+) -> dict[str, object]:
+    counted = cost(made.genome, at.context, DTYPES[at.dtype])
+    return {
+        **describe(made.genome, counted, at.context, at.dtype),
+        "asked": wanted,
+        "asked_active": active,
+        "deviation": made.deviation,
+        "aspect": made.aspect,
+        "usual_aspect": made.usual_aspect,
+        "done": list(made.done),
+        "training": training_dict(training_of(made.genome, at.context, plan), plan),
+    }
