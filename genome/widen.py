@@ -195,7 +195,8 @@ def _heads(numbers: _Numbers, ratio: float, wide: int) -> Iterator[dict[str, Gen
     """Heads that divide the channels of a layer: as many more as it has more channels.
 
     One head that the name itself fixes is the published form and stays. Where heads would be too
-    small or too large, the layer's own rule (0) takes over where it has one.
+    small, the layer's own rule (0) takes over where it has one; large ones are large states, which
+    are a choice.
     """
     made: dict[str, Gene] = {}
     for name, value in numbers.of("heads"):
@@ -203,8 +204,7 @@ def _heads(numbers: _Numbers, ratio: float, wide: int) -> Iterator[dict[str, Gen
         if name not in numbers.given and own == 1:
             continue
         count = max(1, round(value * ratio))
-        sane = SMALLEST_HEAD // 2 <= wide / count <= LARGEST_HEAD
-        made[name] = count if sane or own else 0
+        made[name] = count if own or wide / count >= SMALLEST_HEAD // 2 else 0
     groups = dict(numbers.of("shares"))
     yield made
     expand = numbers.genes.get("expand")

@@ -91,6 +91,9 @@ def test_every_number_has_its_depth_and_sources(order: list[int], place: int) ->
         ("mla > swiglu > [mla > moe]*5", Motif(2, 2, 5)),
         ("[[mamba2 > swiglu]*3 > mha > swiglu]*2", Motif(0, 8, 2)),
         ("swiglu > [mha > swiglu]*4", Motif(1, 2, 4)),
+        # A first layer may be special.
+        ("rwkv7(value_mix=lend) > rwkv7-channel > [rwkv7(value_mix=mix) > rwkv7-channel]*4",
+         Motif(2, 2, 4)),
         # Repeating the three would leave one attention however deep the model.
         ("[mamba2 > swiglu]*3 > mha > swiglu", None),
         ("mha > swiglu > mamba2 > swiglu", None),
