@@ -55,12 +55,12 @@ def _bare(slot: Slot) -> Hashable:
     """The slot with the names of its labels left out."""
     ops = [(op.name, op.genes, op.weights is None, op.features is None) for op in slot.branches]
     types = [tuple(type(value) for _, value in op.genes) for op in slot.branches]
-    return slot.join, tuple(ops), tuple(types)
+    return replace(slot, branches=()), tuple(ops), tuple(types)
 
 
 def _names(slot: Slot) -> Hashable:
     """The operators of a slot without their genes."""
-    return slot.join, tuple(op.name for op in slot.branches)
+    return replace(slot, branches=()), tuple(op.name for op in slot.branches)
 
 
 def _runs(genome: Genome, bare: Sequence[Hashable]) -> Iterator[Motif]:

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from ..primitives.base import show_gene
+from ..primitives.base import Gene, show_gene
 from . import presets
 from .aspect import aspect_of, usual_aspect
 from .cost import cost
 from .genome import Genome
-from .header import HEADER, with_header
+from .header import HEADER
 from .motif import Pattern, pattern_of
 from .notation import parse
 from .rules import require_valid, violations
@@ -125,11 +125,14 @@ class _Search:
     def size(self, shape: _Shape) -> int:
         return shape.active if self.wish.active else shape.params
 
+    def aspect(self, active: int) -> float:
+        """The wanted aspect of a genome with so many active parameters."""
+        return self.wish.aspect or usual_aspect(active) * self.taste
+
     def lean(self, shape: _Shape) -> float:
         """The logarithm of the aspect over the wanted one."""
         own = 2 * shape.width / self.pattern.depth(shape.count)
-        wanted = self.wish.aspect or usual_aspect(shape.active) * self.taste
-        return math.log(own / wanted)
+        return math.log(own / self.aspect(shape.active))
 
     def at(self, width: int) -> list[_Shape]:
         """The shapes of a width on both sides of the wanted size; empty where heads do not fit."""
@@ -158,6 +161,13 @@ class _Search:
             over = bisect.bisect(counts, self.wish.params, key=lambda n: self.size(shape(n)))
             # Sizes rise with the depth but for blocks of unlike length and cost.
             found += [shape(n) for n in counts[max(0, over - 2) : over + 2]]
+        if found:
+            # Where repeats share their weights, the depth is left to the aspect.
+            depth = 2 * width / self.aspect(found[0].active)
+            near = bisect.bisect(self.counts, depth, key=self.pattern.depth)
+            numbers = {each.count for each in found}
+            more = self.counts[max(0, near - 1) : near + 1]
+            found += [shape(n) for n in more if n not in numbers]
         return [replace(each, score=self.score(each)) for each in found]
 
     def score(self, shape: _Shape) -> float:
@@ -266,7 +276,7 @@ def scale_preset(
         header["vocab"] = vocab
     wish = Wish(params, active, aspect, width, depth, bound)
     if preset.small is not None:
-        whole = with_header(header, 2 * parse(preset.motif).slots)
+        whole = _twice(preset.motif, header)
         try:
             found = _scale(whole, wish, fresh=True)
         except ScaleError:
@@ -274,7 +284,12 @@ def scale_preset(
         if found is not None and found.genome.width >= preset.small["below"]:
             return found
     motif = preset.motif if preset.small is None else str(preset.small["motif"])
-    return _scale(with_header(header, 2 * parse(motif).slots), wish, fresh=True)
+    return _scale(_twice(motif, header), wish, fresh=True)
+
+
+def _twice(motif: str, header: dict[str, Gene]) -> Genome:
+    slots = parse(motif).slots
+    return presets.repeated(slots, header, 2 * len(slots))
 
 
 def _scale(genome: Genome, wish: Wish, *, fresh: bool) -> Scaled:

@@ -21,6 +21,7 @@ from .cost import DEFAULT_CONTEXT, cost
 from .devices import Device
 from .genome import Genome
 from .resolve import configs
+from .routing import passing
 
 RATIO = 20.0
 """Tokens per parameter of compute-optimal training (Hoffmann et al., Chinchilla, arXiv 2203.15556:
@@ -80,10 +81,11 @@ def training_cost(
     """
     counted = cost(genome, context, torch.bfloat16, vocab)
     forward = counted.total.flops_per_token
-    for row in configs(genome):
+    for slot, row in zip(genome.slots, configs(genome), strict=True):
+        inside = passing(slot.tokens, context)
         for config in row:
-            decoding = config.cost(context, torch.bfloat16).flops_per_token
-            forward += training_flops(config, context) - decoding
+            decoding = config.cost(inside, torch.bfloat16).flops_per_token
+            forward += (training_flops(config, inside) - decoding) * inside / context
     passes = 4 if genome.residual == "reversible" else 3
     active = counted.total.active_params
     used = ratio * active if tokens is None else tokens

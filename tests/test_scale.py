@@ -13,7 +13,7 @@ from mendel.genome.check import wide_space
 from mendel.genome.cost import cost
 from mendel.genome.genome import Genome
 from mendel.genome.notation import parse, show
-from mendel.genome.resolve import configs
+from mendel.genome.resolve import configs, groups
 from mendel.genome.rules import InvalidGenome, violations
 from mendel.genome.sample import sample_valid
 from mendel.genome.scale import BOUND, ScaleError, ladder, scale, scale_preset
@@ -57,6 +57,16 @@ def test_published_models_at_their_own_size_are_themselves(name: str) -> None:
     assert found.genome == genome
     assert found.deviation == 0
     assert scale(genome, total.active_params, active=True).genome == genome
+
+
+def test_repeats_of_a_preset_share_as_the_preset_does() -> None:
+    pairs = groups(scale_preset("hymba-like", 350e6).genome, "features")
+    assert len(pairs) > 4
+    assert all(len(members) == 2 for members in pairs.values())
+    # Two layers' weights are those of the whole depth.
+    deep = scale_preset("moeut-like", 124e6)
+    assert len(groups(deep.genome, "weights")) == 4
+    assert 0.4 < deep.aspect / deep.usual_aspect < 2.5
 
 
 def test_large_states_stay_large() -> None:

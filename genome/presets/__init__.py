@@ -67,11 +67,15 @@ def load(name: str, width: int | None = None, depth: int | None = None) -> Genom
     """
     preset = describe(name)
     width = int(preset.header["width"] or 0) if width is None else width
-    slots = parse(preset.motif_at(width)).slots
     depth = preset.depth if depth is None else depth
     if not 1 <= depth <= MAX_SLOTS:
         raise PresetError(f"depth is a number of slots from 1 to {MAX_SLOTS}, not {depth}")
-    header = {**preset.header, "width": width}
+    slots = parse(preset.motif_at(width)).slots
+    return repeated(slots, {**preset.header, "width": width}, depth)
+
+
+def repeated(slots: tuple[Slot, ...], header: dict[str, Gene], depth: int) -> Genome:
+    """A motif, repeated and cut to a number of slots, with the genes of a header."""
     repeats = -(-depth // len(slots))
     turns = (_renamed(slot, turn) for turn in range(repeats) for slot in slots)
     return _without_lone_labels(with_header(header, tuple(turns)[:depth]))
