@@ -48,10 +48,16 @@ def dispatch(choices: Tensor, experts: int, kept: Tensor | None = None) -> Dispa
     back = torch.empty_like(order)
     back[order] = torch.arange(order.numel(), device=flat.device)
     if kept is not None:
-        rows = int(ends[-1])
+        rows = _rows(ends)
         order = order[:rows]
         back = back.masked_fill(back >= rows, -1)
     return Dispatch(order, back.view(choices.shape), ends)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _rows(ends: Tensor) -> int:
+    """How many rows there are, which decides a shape: the device has to be waited for."""
+    return int(ends[-1])
 
 
 @without_autocast
