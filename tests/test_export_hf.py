@@ -219,6 +219,7 @@ FORMS = {
     "latent": "{width=16, norm=none} mla(heads=2) > gated-deltanet(heads=2) > kan",
     "long": "{width=16} hyena(length=64) > s4d > rwkv7(heads=2) > mega",
     "choice": "{width=16} routing-attention(heads=2, window=8) > lstm > ttt-linear(heads=2)",
+    "routers": "{width=16} gru > hash-layer(experts=4) > moe++(experts=4) > noisy-top-k(experts=4)",
 }
 
 
