@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.linear_cross_entropy import linear_cross_entropy
 from ..primitives.base import TOKENS, Carry, State, carries, is_causal
 from ..primitives.norm import dyt_alpha, make_norm
 from ..primitives.position import added_position
@@ -91,9 +92,8 @@ class LanguageModel(nn.Module):
         """With `residual=ngpt` the weights whose vectors have length 1, with the vectors' axis."""
         self._to_sphere()
 
-    def forward(
-        self, tokens: Tensor, state: ModelState | None = None
-    ) -> tuple[Tensor, ModelState | None]:
+    def hidden(self, tokens: Tensor, state: ModelState | None = None) -> Tensor:
+        """What the logits are made of, (B, T, D): the normed stream after the last slot."""
         x = self.embedding(tokens)
         if self.position is not None:
             x = x + self.position(tokens.shape[1], 0 if state is None else state.length)
@@ -109,14 +109,26 @@ class LanguageModel(nn.Module):
                     x = block.residual(x, y, factor)
                 else:
                     x = chosen.put(x, block.residual(chosen.of(x), y, factor))
-        x = self.final_norm(x)
-        table = self.embedding.weight if self.head is None else self.head.weight
-        logits = F.linear(x, table)
-        if self.logit_scale is not None:
-            logits = logits * self.logit_scale()
+        normed: Tensor = self.final_norm(x)
         if state is not None:
             state.length += tokens.shape[1]
+        return normed
+
+    def forward(
+        self, tokens: Tensor, state: ModelState | None = None
+    ) -> tuple[Tensor, ModelState | None]:
+        logits = F.linear(self.hidden(tokens, state), self._table())
+        if self.logit_scale is not None:
+            logits = logits * self.logit_scale()
         return logits, state
+
+    def loss(self, hidden: Tensor, targets: Tensor, ignore: int) -> Tensor:
+        """The mean cross-entropy (nats) of `hidden` and targets (B, T), without stored logits."""
+        scale = None if self.logit_scale is None else self.logit_scale()
+        return linear_cross_entropy(hidden, self._table(), targets, scale=scale, ignore=ignore)
+
+    def _table(self) -> Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight
 
     def _slot(
         self,

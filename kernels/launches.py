@@ -14,7 +14,8 @@ SIDES = ("TILE_K", "TILE_V")
 
 ACROSS = (
     Config((64, 64), 4, 2),
-    # Twice and four times the programs, where batch times heads does not fill the chip.
+    # Twice and four times the programs, where batch times heads does not fill the chip. On Hopper
+    # a side of 32 is multiplied by mma.sync, not wgmma; a walk waits for memory anyway.
     Config((32, 64), 4, 2),
     Config((32, 32), 4, 2),
     # Half the reads of x and y, each of which is read once per tile of the other side.

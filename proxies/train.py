@@ -25,6 +25,9 @@ DIVERGED_FACTOR = 4.0
 """A loss above this multiple of the first one (or of a uniform guess, whichever is more) ..."""
 DIVERGED_STEPS = 10
 """... for so many steps in a row is divergence; a loss that is not finite is at once."""
+MOST_LOGITS = 2**27
+"""Above so many logits of a step (512 MiB in float32, and their gradient likewise) none are stored.
+Below, storing them is as good and faster."""
 CURVE_RECORDS = 100
 """About so many records of the training loss per training."""
 
@@ -77,9 +80,9 @@ class _Run:
             torch.manual_seed(seed)
             self.model: LanguageModel = build(genome, task.vocab)
         self.model.to(device)
-        self._forward: Callable[[Tensor], Any] = (
-            torch.compile(self.model) if config.compile else self.model
-        )
+        self._stores_logits = batch * task.length * task.vocab <= MOST_LOGITS
+        call = self.model if self._stores_logits else self.model.hidden
+        self._forward: Callable[[Tensor], Any] = torch.compile(call) if config.compile else call
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self._parameters, config)
         self.step = 0
@@ -119,15 +122,21 @@ class _Run:
             self.seconds = before + time.perf_counter() - began
         return losses
 
+    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        with autocast(self.device, self.dtype):
+            found = self._forward(inputs)
+            if not self._stores_logits:
+                return self.model.loss(found, targets, IGNORE)
+        logits: Tensor = found[0]
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE)
+
     def _step(self) -> float:
         """One step of the optimiser, at the learning rate that is returned."""
         lr = learning_rate(self.config, self.peak, self.step, self.steps)
         data = self.task.train_batch(self.step, self.batch)
         inputs = data.inputs.to(self.device, non_blocking=True)
         targets = data.targets.to(self.device, non_blocking=True)
-        with autocast(self.device, self.dtype):
-            logits: Tensor = self._forward(inputs)[0]
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE)
+        loss = self._loss(inputs, targets)
         self.optimizer.zero_grad(set_to_none=True)
         extra = self.model.auxiliary_loss()
         (loss if extra is None else loss + extra).backward()  # type: ignore[no-untyped-call]
