@@ -26,14 +26,16 @@ R = TypeVar("R")
 Backend = Literal["definition", "chunked", "triton", "flex"]
 
 OPS = (
-    *("matrix_state", "delta_rule", "diagonal_scan", "short_conv", "long_conv", "attention"),
-    *("rms_norm", "linear_cross_entropy", "moe_permute"),
+    *("matrix_state", "delta_rule", "diagonal_scan", "complex_scan", "selective_scan"),
+    *("short_conv", "long_conv", "attention", "rms_norm", "linear_cross_entropy", "moe_permute"),
 )
 
 TRITON_FORMS: dict[str, tuple[str | None, ...]] = {
     "matrix_state": ("none", "fixed", "scalar", "vector", "preread"),
     "delta_rule": (None, "vector", "diagonal-low-rank"),
     "diagonal_scan": (None,),
+    "complex_scan": (None,),
+    "selective_scan": (None,),
     "short_conv": (None,),
     "rms_norm": (None,),
     "linear_cross_entropy": (None,),
@@ -45,6 +47,9 @@ FLEX_FORMS: dict[str, tuple[str, ...]] = {"attention": ("pattern",)}
 
 WIDEST = 256
 """The widest head (K or V) of the Triton kernels."""
+STEP_TOKENS = 3
+"""Tokens that a step of a matrix state takes without a gradient: the one to decode, and two that
+were guessed. More go in chunks."""
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 HAS_TRITON = find_spec("triton") is not None

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .inner_model import NORM_EPS, Inner, Learned, Norm
-from .letters import BD, BDN, BH, BHKV, BTD, BTH, BTHK, BTHV, BTN, DN, DW, HK, D, H
+from .letters import BD, BDN, BF, BH, BHKV, BTD, BTF, BTH, BTHK, BTHV, BTN, DN, DW, HK, D, H
 
 LARGEST = 80.0
 """The mLSTM divides by exp of this at most: what is that far below 1 is 0 beside anything else."""
@@ -162,15 +162,35 @@ def mlstm(
     return torch.stack(out, dim=1).to(v.dtype), (torch.cat((C, n[..., None]), -1), m)
 
 
-def diagonal_scan(log_a: BTD, b: BTD, state: BD | None) -> tuple[BTD, BD]:
+def diagonal_scan(log_a: D | BTD, b: BTD, state: BD | None) -> tuple[BTD, BD]:
     """h_t = exp(log_a_t) h_{t-1} + b_t."""
     dtype = accumulator(log_a, b, state)
     h = _initial(state, (b.shape[0], b.shape[2]), dtype, b)
+    g = log_a.to(dtype).expand(b.shape)
     out = []
     for t in range(b.shape[1]):
-        h = log_a[:, t].to(dtype).exp() * h + b[:, t].to(dtype)
+        h = g[:, t].exp() * h + b[:, t].to(dtype)
         out.append(h)
     return torch.stack(out, dim=1).to(b.dtype), h
+
+
+def complex_scan(
+    log_a: D | BTD, angle: D | BTD, b: BTF, state: BF | None, factor: Tensor | None
+) -> tuple[BTF, BF]:
+    """h_t = exp(log_a_t + i angle_t) h_{t-1} + factor b_t, real parts and then imaginary ones."""
+    dtype = accumulator(b, state)
+    wide = dtype.to_complex()
+    shape = (*b.shape[:2], b.shape[2] // 2)
+    decay = torch.exp(torch.complex(log_a.double().expand(shape), angle.double().expand(shape)))
+    decay = decay.to(wide)
+    w = torch.complex(*b.to(dtype).chunk(2, dim=-1))
+    w = w if factor is None else factor.to(wide) * w
+    h = torch.zeros_like(w[:, 0]) if state is None else torch.complex(*state.to(dtype).chunk(2, -1))
+    out = []
+    for t in range(b.shape[1]):
+        h = decay[:, t] * h + w[:, t]
+        out.append(torch.cat((h.real, h.imag), -1))
+    return torch.stack(out, dim=1).to(b.dtype), out[-1]
 
 
 def selective_scan(x: BTD, dt: BTD, a: DN, b: BTN, c: BTN, state: BDN | None) -> tuple[BTD, BDN]:

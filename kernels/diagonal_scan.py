@@ -17,15 +17,16 @@ from torch.nn import functional as F
 from . import definitions
 from .backend import choose, kernels, without_autocast
 from .definitions import accumulator
-from .letters import BD, BTD
+from .letters import BD, BTD, D
 
 
 @without_autocast
-def diagonal_scan(log_a: BTD, b: BTD, state: BD | None = None) -> tuple[BTD, BD]:
+def diagonal_scan(log_a: D | BTD, b: BTD, state: BD | None = None) -> tuple[BTD, BD]:
     """The states of all tokens (b's dtype) and the last one (float32 at least).
 
-    `log_a` is the natural logarithm of the decay, at most 0; `state` continues a sequence (None:
-    zeros). Raises `Unsupported` where a pinned backend does not serve the case.
+    `log_a` is the natural logarithm of the decay, at most 0, of every token or the same for all;
+    `state` continues a sequence (None: zeros). Raises `Unsupported` where a pinned backend does not
+    serve the case.
     """
     backend = choose("diagonal_scan", b.device, dtype=b.dtype)
     if backend == "definition":
@@ -33,7 +34,7 @@ def diagonal_scan(log_a: BTD, b: BTD, state: BD | None = None) -> tuple[BTD, BD]
     if backend == "triton":
         return kernels("diagonal_scan")(log_a, b, state)
     dtype = accumulator(log_a, b, state)
-    decay, add = log_a.to(dtype).exp(), b.to(dtype)
+    decay, add = log_a.to(dtype).exp().expand(b.shape), b.to(dtype)
     start = None if state is None else state.to(dtype)
     if b.shape[1] == 1:
         last = add[:, 0] if start is None else torch.addcmul(add[:, 0], decay[:, 0], start)

@@ -66,6 +66,17 @@ HALVES = (
 )
 """Products with a decay per channel: log2(C) levels for every tile of keys."""
 
+TOKENS = (
+    Config((16, 32), 1, 1),
+    # Fewer registers, so more programs that wait for memory at once ...
+    Config((8, 32), 1, 1),
+    # ... or more loads under way in each.
+    Config((32, 32), 1, 1),
+    # Fewer programs to start; their warps share nothing.
+    Config((16, 128), 4, 1),
+)
+"""Scans along the tokens of a channel, a channel per thread and 32 per warp, whatever the tile."""
+
 CHOICES: dict[str, Choices] = {
     "matrix_state.states": Choices(SIDES, ACROSS),
     "matrix_state.outputs": Choices(SIDES, CHUNK),
@@ -87,16 +98,29 @@ CHOICES: dict[str, Choices] = {
     "low_rank.solve": Choices(SIDES, HALVES),
     "low_rank.direct": Choices(SIDES, HALVES),
     "low_rank.solve_gradients": Choices(SIDES, HALVES),
-    "diagonal_scan": Choices(
-        ("TILE_T", "TILE_D"),
+    "diagonal_scan": Choices(("TILE_T", "TILE_D"), TOKENS),
+    "complex_scan": Choices(("TILE_T", "TILE_D"), TOKENS),
+    "selective_scan.ends": Choices(
+        ("TILE_T", "NUMBERS"), (Config((8, 512), 4, 1), Config((4, 512), 4, 1))
+    ),
+    "selective_scan.forward": Choices(
+        ("TILE_T", "NUMBERS"),
         (
-            Config((32, 32), 4, 3),
-            # Few channels or sequences: narrow tiles are more programs. Whole sectors of 32 bytes.
-            Config((32, 16), 2, 3),
-            Config((64, 16), 4, 3),
-            # Many: longer tiles have more loads under way, and fewer steps that wait.
-            Config((64, 32), 4, 2),
-            Config((32, 64), 4, 2),
+            # Numbers of a program's states: 4 per thread, at each of its tokens ...
+            Config((8, 512), 4, 1),
+            # ... in fewer registers ...
+            Config((4, 512), 4, 1),
+            # ... or in more programs.
+            Config((8, 256), 2, 1),
+        ),
+    ),
+    "selective_scan.backward": Choices(
+        ("TILE_T", "NUMBERS"),
+        (
+            Config((8, 1024), 8, 1),
+            Config((4, 1024), 8, 1),
+            # Twice the partial sums of the gradients of B and C, but no wait of eight warps.
+            Config((8, 512), 4, 1),
         ),
     ),
     "short_conv.forward": Choices(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import definitions
-from .backend import choose, kernels, without_autocast
+from .backend import STEP_TOKENS, choose, kernels, without_autocast
 from .definitions import accumulator
 from .letters import BHKV, BTH, BTHK, BTHV, HK, H
 from .matrix_state import decay_form, matrix_state
@@ -38,7 +38,7 @@ def matrix_state_preread(
     backend = choose("matrix_state", q.device, case, width=width, dtype=v.dtype)
     if backend == "definition":
         return definitions.matrix_state_preread(q, k, v, bonus, log_decay, state, scale)
-    if backend == "triton" and (form == "vector" or q.shape[1] == 1):
+    if backend == "triton" and (form == "vector" or q.shape[1] <= STEP_TOKENS):
         run = kernels("matrix_state", "matrix_state_preread")
         return run(q, k, v, bonus, log_decay, state, scale)
     dtype = accumulator(q, k, v, log_decay, state)

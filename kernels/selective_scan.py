@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from . import definitions
-from .backend import choose, without_autocast
+from .backend import choose, kernels, without_autocast
 from .definitions import accumulator
 from .diagonal_scan import diagonal_scan
 from .letters import BDN, BTD, BTN, DN
@@ -30,8 +30,11 @@ def selective_scan(
     The states are those of `diagonal_scan`, over D N channels. Raises `Unsupported` where a pinned
     backend does not serve the case.
     """
-    if choose("diagonal_scan", x.device) == "definition":
+    backend = choose("selective_scan", x.device, width=a.shape[1], dtype=x.dtype)
+    if backend == "definition":
         return definitions.selective_scan(x, dt, a, b, c, state)
+    if backend == "triton":
+        return kernels("selective_scan")(x, dt, a, b, c, state)
     dtype = accumulator(x, dt, a, b, c, state)
     batch, tokens, width = x.shape
     rows = a.shape[1]

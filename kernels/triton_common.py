@@ -125,3 +125,16 @@ def decay_between(high, low, C: tl.constexpr):
     difference = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
     # The mask comes before exp, which would overflow above the diagonal.
     return tl.exp(tl.where(place[:, None] >= place[None, :], difference, float("-inf")))
+
+
+@triton.jit
+@no_type_check
+def one_token(tile, token, wanted):
+    """One token of a tile, whose first axis `token` numbers; `wanted` is a constant.
+
+    Where a thread holds all tokens of its channels, by the layout that Triton gives to loads that
+    it cannot make wider (the width is not specialised), the compiler drops the zeros: a walk from
+    token to token costs no exchange between threads.
+    """
+    bits = tl.where(token == wanted, tile.to(tl.int32, bitcast=True), 0)
+    return tl.sum(bits, axis=0).to(tl.float32, bitcast=True)

@@ -1,6 +1,7 @@
-"""The Triton kernel that decodes one token of a matrix state, in all of its forms.
+"""The Triton kernel that decodes a matrix state, one to three tokens, in all of its forms.
 
-The state is read once and written once, which is all that a step must move.
+The state is read once and written once, whatever the tokens, and is all that a step must move. The
+scans decode with their own kernels, whose tiles are as short as the call.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .autotune import tuned
+from .backend import STEP_TOKENS
 from .triton_common import full_tile, on_device_of
 
 
 def step_serves(q: Tensor, *others: Tensor | None) -> bool:
-    """One token, and no gradient asked for: the kernel has none."""
+    """Few tokens, and no gradient asked for: the kernel has none."""
     wanted = any(t is not None and t.requires_grad for t in (q, *others))
-    return q.shape[1] == 1 and not (wanted and torch.is_grad_enabled())
+    return q.shape[1] <= STEP_TOKENS and not (wanted and torch.is_grad_enabled())
 
 
 def step(
@@ -34,13 +36,13 @@ def step(
     bonus: Tensor | None = None,
     low_rank: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(B, 1, H, V) and the next state.
+    """(B, T, H, V) and the state after the last token.
 
-    `beta` (B, 1, H) makes it the delta rule's, `bonus` (H, K) the one that reads before it writes,
-    `low_rank`, a and b (B, 1, H, K), diagonal plus low rank; the decay is None, (H,), (B, 1, H) or
-    (B, 1, H, K).
+    `beta` (B, T, H) makes it the delta rule's, `bonus` (H, K) the one that reads before it writes,
+    `low_rank`, a and b (B, T, H, K), diagonal plus low rank; the decay is None, (H,), (B, T, H) or
+    (B, T, H, K).
     """
-    batch, _, heads, key_width = q.shape
+    batch, tokens, heads, key_width = q.shape
     value_width = v.shape[-1]
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     new = torch.empty((batch, heads, key_width, value_width), dtype=torch.float32, device=q.device)
@@ -52,13 +54,14 @@ def step(
     def run(config: dict[str, int]) -> None:
         _step[(batch * heads, triton.cdiv(value_width, config["TILE_V"]))](
             *given, o, new, heads, scale,
-            K=key_width, V=value_width, FULL_K=full_tile(key_width), DECAY=decay, **config,
+            T=tokens, K=key_width, V=value_width, FULL_K=full_tile(key_width), DECAY=decay,
+            **config,
         )  # fmt: skip
 
     with on_device_of(q):
         tuned(
             "step", _step, q, run, limits=(full_tile(value_width),), sizes=(batch * heads,),
-            exact=(key_width, value_width, decay, *(t is None for t in given)),
+            exact=(tokens, key_width, value_width, decay, *(t is None for t in given)),
         )  # fmt: skip
     return o, new
 
@@ -68,8 +71,8 @@ def step(
 def _step(
     q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, beta_ptr, bonus_ptr, log_decay_ptr, state_ptr,
     o_ptr, new_ptr, H, scale,
-    K: tl.constexpr, V: tl.constexpr, FULL_K: tl.constexpr, TILE_V: tl.constexpr,
-    DECAY: tl.constexpr,
+    T: tl.constexpr, K: tl.constexpr, V: tl.constexpr, FULL_K: tl.constexpr,
+    TILE_V: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
     """S' = e^g S + k v^T, e^g S + k beta (v - e^g S^T k)^T or e^g S + b (a^T S) + k v^T;
     o = scale S'^T q, or, with a bonus u, scale (S + Diag(u) k v^T)^T q.
@@ -77,36 +80,40 @@ def _step(
     DECAY is the number of axes of the decay, 0 where there is none.
     """
     bh = tl.program_id(0).to(tl.int64)
+    head = bh % H
     row = tl.arange(0, FULL_K)
     column = tl.program_id(1) * TILE_V + tl.arange(0, TILE_V)
     entry = bh * K * V + row[:, None] * V + column[None, :]
     there = (row[:, None] < K) & (column[None, :] < V)
-    q = tl.load(q_ptr + bh * K + row, mask=row < K, other=0.0).to(tl.float32)
-    k = tl.load(k_ptr + bh * K + row, mask=row < K, other=0.0).to(tl.float32)
-    v = tl.load(v_ptr + bh * V + column, mask=column < V, other=0.0).to(tl.float32)
     S = tl.zeros((FULL_K, TILE_V), dtype=tl.float32)
     if state_ptr is not None:
         S = tl.load(state_ptr + entry, mask=there, other=0.0)
-    if bonus_ptr is not None:
-        u = tl.load(bonus_ptr + (bh % H) * K + row, mask=row < K, other=0.0).to(tl.float32)
-        o = tl.sum(S * q[:, None], axis=0) + tl.sum(q * u * k, axis=0) * v
-    if a_ptr is not None:
-        a = tl.load(a_ptr + bh * K + row, mask=row < K, other=0.0).to(tl.float32)
-        read = tl.sum(S * a[:, None], axis=0)
-    if DECAY == 4:
-        g = tl.load(log_decay_ptr + bh * K + row, mask=row < K, other=0.0)
-        S = S * tl.exp(g.to(tl.float32))[:, None]
-    elif DECAY > 0:
-        head = bh % H if DECAY == 1 else bh
-        S = S * tl.exp(tl.load(log_decay_ptr + head).to(tl.float32))
-    if a_ptr is not None:
-        b = tl.load(b_ptr + bh * K + row, mask=row < K, other=0.0).to(tl.float32)
-        S = S + b[:, None] * read[None, :]
-    if beta_ptr is not None:
-        beta = tl.load(beta_ptr + bh).to(tl.float32)
-        v = beta * (v - tl.sum(S * k[:, None], axis=0))
-    S = S + k[:, None] * v[None, :]
+    for t in tl.static_range(T):
+        at = (bh // H * T + t) * H + head
+        q = tl.load(q_ptr + at * K + row, mask=row < K, other=0.0).to(tl.float32)
+        k = tl.load(k_ptr + at * K + row, mask=row < K, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + at * V + column, mask=column < V, other=0.0).to(tl.float32)
+        if bonus_ptr is not None:
+            u = tl.load(bonus_ptr + head * K + row, mask=row < K, other=0.0).to(tl.float32)
+            o = tl.sum(S * q[:, None], axis=0) + tl.sum(q * u * k, axis=0) * v
+        if a_ptr is not None:
+            a = tl.load(a_ptr + at * K + row, mask=row < K, other=0.0).to(tl.float32)
+            read = tl.sum(S * a[:, None], axis=0)
+        if DECAY == 4:
+            g = tl.load(log_decay_ptr + at * K + row, mask=row < K, other=0.0)
+            S = S * tl.exp(g.to(tl.float32))[:, None]
+        elif DECAY > 0:
+            g = tl.load(log_decay_ptr + (head if DECAY == 1 else at))
+            S = S * tl.exp(g.to(tl.float32))
+        if a_ptr is not None:
+            b = tl.load(b_ptr + at * K + row, mask=row < K, other=0.0).to(tl.float32)
+            S = S + b[:, None] * read[None, :]
+        if beta_ptr is not None:
+            beta = tl.load(beta_ptr + at).to(tl.float32)
+            v = beta * (v - tl.sum(S * k[:, None], axis=0))
+        S = S + k[:, None] * v[None, :]
+        if bonus_ptr is None:
+            o = tl.sum(S * q[:, None], axis=0)
+        o = (o * scale).to(o_ptr.dtype.element_ty)
+        tl.store(o_ptr + at * V + column, o, mask=column < V)
     tl.store(new_ptr + entry, S, mask=there)
-    if bonus_ptr is None:
-        o = tl.sum(S * q[:, None], axis=0)
-    tl.store(o_ptr + bh * V + column, (o * scale).to(o_ptr.dtype.element_ty), mask=column < V)

@@ -51,7 +51,7 @@ def inputs(op: str, form: str, tokens: int, kind: str = "usual", seed: int = 0) 
 
     if op == "diagonal_scan":
         return {
-            "log_a": decay(kind, (B, tokens, D), seed),
+            "log_a": decay(kind, (D,) if form == "fixed" else (B, tokens, D), seed),
             "b": normal(B, tokens, D),
             "state": normal(B, D),
         }
@@ -88,6 +88,7 @@ CASES = [
     *(("matrix_state", form) for form in ("none", "fixed", "scalar", "vector")),
     *(("delta_rule", form) for form in ("none", "scalar")),
     ("diagonal_scan", ""),
+    ("diagonal_scan", "fixed"),
     *(("short_conv", taps) for taps in ("1", "2", "4")),
 ]
 

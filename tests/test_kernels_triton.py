@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from offsets import wrapping_offsets
 
 from mendel.kernels.backend import HAS_TRITON, Unsupported, choose, use_backend
 from mendel.kernels.long_conv import long_conv
@@ -80,7 +81,6 @@ FLOAT32 = (
 WIDE: dict[str, Any] = {"K": 128, "V": 128, "C": 64, "DECAY": True}
 TILES = {"TILE_K": 64, "TILE_V": 64}
 WALK = {"FULL_K": 128, "TILE_V": 32, "START": True}
-SCAN = {"TILE_T": 32, "TILE_D": 32, "START": True}
 VECTOR: dict[str, Any] = {"K": 128, "V": 128, "C": 64, "TILE_V": 64}
 INSIDE: dict[str, Any] = {**VECTOR, "LEVELS": 6, "TILE_K": 32}
 HALVES: dict[str, Any] = {**INSIDE, "READ": True}
@@ -88,7 +88,7 @@ SOLVE: dict[str, Any] = {**WIDE, **TILES, "LEVELS": 6, "PRECISION": "tf32"}
 ACROSS = {"K": 128, "V": 128, "C": 64, "FULL_K": 128, "TILE_V": 32}
 SHORT = {"C": 16, "LEVELS": 4, "K": 64, "V": 64, "H": 1, "N": 1}
 """One chunk of one head, short: these kernels take long to compile."""
-STEP = {"K": 128, "V": 128, "FULL_K": 128, "TILE_V": 32}
+STEP = {"T": 3, "K": 128, "V": 128, "FULL_K": 128, "TILE_V": 32}
 NO_STEP = {f"{p}_ptr": None for p in ("a", "b", "beta", "bonus", "log_decay", "state")}
 FIRST = {"DECAY": False, "prefix_ptr": None, "H": 1, "N": 1}
 """What a launch turns into constants: one head, one chunk, no decay."""
@@ -120,8 +120,6 @@ PLAIN: list[tuple[str, str, dict[str, Any]]] = [
     ("matrix_state", "_gradients", {**WIDE, **TILES, **FIRST}),
     ("delta_rule", "_delta_states", {**WIDE, **WALK, **FIRST, "START": False, "start_ptr": None}),
     ("delta_rule", "_delta_gradients", {**WIDE, **WALK, **FIRST}),
-    ("diagonal_scan", "_forward", SCAN),
-    ("diagonal_scan", "_backward", SCAN),
     ("delta_solve", "_solve", {**SOLVE, **SHORT, "DECAY": False, "prefix_ptr": None}),
     ("delta_solve", "_solve_gradients", {**SOLVE, **SHORT, "DECAY": False, "prefix_ptr": None}),
     ("vector_decay", "_decayed", {"K": 128, "C": 64, "TILE_K": 64, "END": False, "PRE": True}),
@@ -139,7 +137,7 @@ PLAIN: list[tuple[str, str, dict[str, Any]]] = [
         {**INSIDE, **SHORT, "k_ptr": None, "dk_ptr": None, "PRECISION": "tf32x3"},
     ),
     ("step", "_step", {**STEP, "DECAY": 4}),
-    ("step", "_step", {**STEP, **NO_STEP, "DECAY": 0}),
+    ("step", "_step", {**STEP, **NO_STEP, "T": 1, "DECAY": 0}),
 ]  # fmt: skip
 
 
@@ -176,6 +174,7 @@ def test_compiles_with_tensor_cores(
     assert len(compiled.asm["cubin"]) > 0
     assert MATRIX_INSTRUCTION[capability] in compiled.asm["ptx"]
     assert compiled.metadata.shared <= SHARED_KIB[capability] * 1024
+    assert wrapping_offsets(compiled.asm["ttir"]) == []
 
 
 @pytest.mark.parametrize(
@@ -199,6 +198,7 @@ def test_compiles_with_what_a_launch_makes_constant(
 ) -> None:
     compiled = _compile(module, name, 90, constants)
     assert compiled.metadata.shared <= SHARED_KIB[90] * 1024
+    assert wrapping_offsets(compiled.asm["ttir"]) == []
 
 
 def test_the_default_of_a_gpu() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from offsets import wrapping_offsets
 
 from mendel.kernels.backend import HAS_TRITON, Unsupported, backends, use_backend
 from mendel.kernels.rms_norm import rms_norm
@@ -126,6 +127,7 @@ def test_compiles(module: str, name: str, constants: dict[str, Any], capability:
     compiled = _compile(module, name, capability, constants, warps, "bf16")
     assert len(compiled.asm["cubin"]) > 0
     assert compiled.metadata.shared <= SHARED_KIB[capability] * 1024
+    assert wrapping_offsets(compiled.asm["ttir"]) == []
 
 
 def test_more_taps_than_the_kernel_unrolls() -> None:

@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 import torch
+from interpreter import quick_calls
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,7 +21,7 @@ from mendel.kernels import (
     triton_matrix_state,
     triton_vector_decay,
 )
-from mendel.kernels.backend import use_backend
+from mendel.kernels.backend import STEP_TOKENS, use_backend
 from mendel.kernels.bench_cases import Case, check
 from mendel.kernels.delta_rule import delta_rule
 from mendel.kernels.diagonal_low_rank import diagonal_low_rank
@@ -68,6 +69,7 @@ CASES: dict[str, tuple[str, str, int, str, bool]] = {
         ("matrix_state", "forgetting-vector", 40, "small", False),
         ("preread", "none", 1, "small", False),
         ("preread", "fixed", 1, "small", True),
+        ("preread", "scalar", 3, "small", True),
         ("preread", "fixed", 17, "small", True),
         ("preread", "vector", 1, "small", True),
         ("preread", "vector", 33, "small", False),
@@ -78,6 +80,7 @@ CASES: dict[str, tuple[str, str, int, str, bool]] = {
         ("diagonal_scan", "forgetting", 33, "tiled", False),
         ("delta_rule", "none", 1, "small", True),
         ("delta_rule", "scalar", 1, "tiled", True),
+        ("delta_rule", "scalar", 3, "small", True),
         ("delta_rule", "none", 40, "small", False),
         ("delta_rule", "scalar", 49, "small", True),
         ("delta_rule", "scalar", 17, "tiled", True),
@@ -91,14 +94,15 @@ CASES: dict[str, tuple[str, str, int, str, bool]] = {
         ("delta_rule", "forgetting-vector", 40, "small", True),
         ("delta_rule", "alike", 65, "halves", True),
         ("low_rank", "vector", 1, "tiled", True),
+        ("low_rank", "vector", 2, "small", True),
         ("low_rank", "vector", 33, "small", True),
         ("low_rank", "vector", 17, "tiled", False),
         ("low_rank", "strong", 65, "halves", True),
         ("low_rank", "forgetting-vector", 40, "small", False),
     )
 }
-DECODED = [f"{name}-decoded" for name, case in CASES.items() if case[2] == 1]
-"""The cases of one token, again without gradients: the kernel that decodes."""
+DECODED = [f"{name}-decoded" for name, case in CASES.items() if case[2] <= STEP_TOKENS]
+"""The cases of few tokens, again without gradients: the kernel that decodes."""
 FLOAT16: dict[str, tuple[str, str | None]] = {
     "matrix_state-float16": ("matrix_state", "scalar"),
     "matrix_state-vector-float16": ("matrix_state", "vector"),
@@ -176,6 +180,7 @@ def error(have: Tensor, want: Tensor) -> float:
 
 def main() -> None:
     torch.set_num_threads(1)
+    quick_calls()
     real_empty = torch.empty
 
     def poisoned(*shape: Any, **options: Any) -> Tensor:
@@ -196,7 +201,7 @@ def main() -> None:
         torch.empty = real_empty
         want = run(op, given, "definition")
         results[name] = {part: error(have[part], want[part]) for part in want}
-        if tokens == 1:
+        if tokens <= STEP_TOKENS:
             with torch.no_grad():
                 torch.empty = poisoned  # type: ignore[assignment]
                 with use_backend("triton"):

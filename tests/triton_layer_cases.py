@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from interpreter import quick_calls
 from torch import Tensor
 
 from mendel.kernels import linear_cross_entropy as loss_module
@@ -123,8 +124,10 @@ def run(
 ) -> dict[str, Tensor]:
     leaves = {}
     for name, t in given.items():
-        if t is None or not t.is_floating_point():
+        if t is None or not (t.is_floating_point() or t.is_complex()):
             leaves[name] = t
+        elif t.is_complex():
+            leaves[name] = t.detach().requires_grad_()
         else:
             leaves[name] = t.detach().to(dtype).requires_grad_()
     with use_backend(backend):
@@ -143,11 +146,12 @@ def run(
 def error(have: Tensor, want: Tensor) -> float:
     """The norm of the difference over the norm; what is 0 by cancellation may be a rounding."""
     rounding = 20 * torch.finfo(torch.float32).eps * max(want.numel(), 1) ** 0.5
-    return ((have.float() - want).norm() / (want.norm() + rounding)).item()
+    return ((have.to(want.dtype) - want).norm() / (want.norm() + rounding)).item()
 
 
 def main() -> None:
     torch.set_num_threads(1)
+    quick_calls()
     real_empty, real_like = torch.empty, torch.empty_like
 
     def poison(t: Tensor) -> Tensor:

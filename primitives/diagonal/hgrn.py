@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ...kernels.diagonal_scan import diagonal_scan
+from ...kernels.complex_scan import complex_scan
 from ...kernels.letters import BTD
 from ..base import (
     Axis,
@@ -84,26 +84,17 @@ class Hgrn(Operator):
         log_f, rest = self.decay(forget)
         assert rest is not None
         log_f, rest = log_f.squeeze(-1), rest.squeeze(-1)
-        # exp(-i theta t) h_t decays without turning: two real recurrences.
-        steps = torch.arange(1, x.shape[1] + 1, dtype=torch.float64, device=x.device)
-        turned = steps[:, None] * self.angle.double()
-        cos, sin = (f(turned).to(candidate.dtype) for f in (torch.cos, torch.sin))
-        real, imag = (rest * part for part in candidate.chunk(2, dim=-1))
-        real, imag = real * cos + imag * sin, imag * cos - real * sin
+        planes = candidate.view(*rest.shape[:-1], 2, -1)
+        written = (planes * rest[..., None, :]).flatten(-2)
+        held = None if state is None else state.tensors["h"]
         with full_precision(x):
-            h, _ = diagonal_scan(
-                torch.cat((log_f, log_f), -1),
-                torch.cat((real, imag), -1),
-                None if state is None else state.tensors["h"],
-            )
-        real, imag = h.chunk(2, dim=-1)
-        h = torch.cat((real * cos - imag * sin, imag * cos + real * sin), -1)
+            h, last = complex_scan(log_f, self.angle, written, held)
         y = torch.sigmoid(at_least_float32(gate)) * h
         y = y.to(x.dtype)
         out = self.out_proj(y if self.norm is None else self.norm(y))
         if state is None:
             return out, None
-        return out, State(state.length + x.shape[1], {"h": h[:, -1]})
+        return out, State(state.length + x.shape[1], {"h": last})
 
     def init_state(
         self, batch: int, context: int, dtype: torch.dtype, device: torch.device | str = "cpu"

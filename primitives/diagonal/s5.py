@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels.diagonal_scan import diagonal_scan
+from ...kernels.complex_scan import complex_scan
 from ...kernels.letters import BTD
 from ..base import (
     Axis,
@@ -105,26 +105,12 @@ class S5(Operator):
     def forward(self, x: BTD, state: State | None = None) -> tuple[BTD, State | None]:
         log_a, factor = self.discrete()
         added = at_least_float32(self.B(x))
-        dtype = added.dtype
+        held = None if state is None else state.tensors["x"]
         with full_precision(x):
-            # exp(-i Im(log a) t) x_t decays without turning: two real recurrences.
-            steps = torch.arange(1, x.shape[1] + 1, dtype=torch.float64, device=x.device)
-            turn = steps[:, None] * log_a.imag
-            cos, sin = torch.cos(turn), torch.sin(turn)
-            # B's factor and the turning back, one complex product.
-            cut = (factor.real * cos + factor.imag * sin).to(dtype)
-            slant = (factor.imag * cos - factor.real * sin).to(dtype)
-            cos, sin = cos.to(dtype), sin.to(dtype)
-            real, imag = added.chunk(2, dim=-1)
-            still = torch.cat((real * cut - imag * slant, imag * cut + real * slant), -1)
-            h, _ = diagonal_scan(
-                log_a.real.to(dtype).repeat(2).expand_as(still),
-                still,
-                None if state is None else state.tensors["x"],
-            )
+            h, last = complex_scan(log_a.real, log_a.imag, added, held, factor)
             real, imag = h.chunk(2, dim=-1)
-            real, imag = real * cos - imag * sin, imag * cos + real * sin
-        read = self.C(torch.cat((2 * real, -2 * imag), -1).to(x.dtype))
+            pairs = torch.cat((2 * real, -2 * imag), -1)
+        read = self.C(pairs.to(x.dtype))
         wide = at_least_float32(read)
         y = F.gelu(torch.addcmul(wide, self.skip.to(wide.dtype), at_least_float32(x))).to(x.dtype)
         out = self.out_proj(y)
@@ -134,7 +120,6 @@ class S5(Operator):
             out = F.glu(out, dim=-1)
         if state is None:
             return out, None
-        last = torch.cat((real[:, -1], imag[:, -1]), -1)
         return out, State(state.length + x.shape[1], {"x": last})
 
     def init_state(
