@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .autotune import tuned
+from .autotune import rounded, tuned
 from .triton_common import check_device, check_width, common_dtype, on_device_of, one_token
 from .triton_diagonal_scan import diagonal_scan
 
@@ -36,6 +36,7 @@ PROGRAMS = 512
 """Some for every multiprocessor: with fewer, a sequence is cut into spans."""
 SHORTEST_SPAN = 256
 LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2))
 
 
 def selective_scan(
@@ -57,13 +58,13 @@ def selective_scan(
 
 
 def _chunk(tokens: int) -> int:
-    return min(CHUNK, triton.next_power_of_2(tokens))
+    return min(CHUNK, rounded(tokens))
 
 
 def _spans(x: Tensor, rows: int) -> tuple[int, int]:
     """How many spans a sequence is cut into, and their tokens, a multiple of a chunk."""
     batch, tokens, width = x.shape
-    tile = min(LARGEST_TILE_D, max(1, 512 // triton.next_power_of_2(rows)))
+    tile = min(LARGEST_TILE_D, max(1, 512 // rounded(rows)))
     wanted = triton.cdiv(PROGRAMS, batch * triton.cdiv(width, tile))
     count = max(1, min(wanted, tokens // SHORTEST_SPAN))
     length = triton.cdiv(triton.cdiv(tokens, count), _chunk(tokens)) * _chunk(tokens)
@@ -76,13 +77,13 @@ def _launch(kind: str, kernel: Any, x: Tensor, rows: int, run: Callable[..., Any
     The tiles of a step are as short as it is, so that it moves its state and little else.
     """
     batch, tokens, width = x.shape
-    full = triton.next_power_of_2(rows)
+    full = rounded(rows)
     low = min(LANES[kind], full)
 
     def call(config: dict[str, int]) -> Any:
         constants = {name: size for name, size in config.items() if name != "NUMBERS"}
         tile = max(1, config["NUMBERS"] // full)
-        tile = min(LARGEST_TILE_D, tile, triton.next_power_of_2(width))
+        tile = min(LARGEST_TILE_D, tile, rounded(width))
         lanes = {"HIGH": full // low, "LOW": low, "TILE_D": tile}
         return run(triton.cdiv(width, tile), {**constants, **lanes})
 
@@ -399,7 +400,7 @@ def _backward(
             q = _over_states(e * b[:, :, None, :])
             p = e * p
             da += tl.sum(p * step[:, None, :, None], axis=0)
-            ddt = x * q + _over_states(p * rate[None, :, :, :]) / LOG2E
+            ddt = x * q + _over_states(p * rate[None, :, :, :]) * LN2
             spot = (sequence * T + t)[:, None] * D + column[None, :]
             tl.store(dx_ptr + spot, (step * q).to(dx_ptr.dtype.element_ty), mask=inside)
             tl.store(ddt_ptr + spot, ddt.to(ddt_ptr.dtype.element_ty), mask=inside)
