@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from ..primitives.base import Gene, Growth, Primitive, Site
 from .genome import Genome, Op
-from .resolve import fits, genes_of, own_genes, primitive_of, replace_ops
+from .resolve import config_of, fits, genes_of, own_genes, primitive_of, replace_ops
 
 SMALLEST_HEAD, LARGEST_HEAD = 64, 256
 """Channels of a head. Published models have heads of 64 (GPT-2, Llama 3.2 1B, Mamba-2) to 256
@@ -84,15 +84,16 @@ def changed_genes(before: Op, after: Op) -> dict[str, tuple[Gene, Gene]]:
 def _widen(op: Op, width: int, site: Site) -> Op | None:
     numbers = _Numbers(op)
     ratio = site.width / width
-    channels = _in_proportion(numbers, ratio) | _key_sizes(numbers, ratio)
+    ranks = _in_proportion(numbers, ratio)
     if "head_dim" in numbers.genes:
-        choices = _attention(numbers, width, site.width)
+        choices = list(_attention(numbers, width, site.width))
     else:
-        choices = _heads(numbers, ratio, site.width)
-    for genes in choices:
-        wide = _with(op, numbers, channels | genes)
-        if fits(wide, site):
-            return wide
+        choices = list(_heads(numbers, ratio, site.width))
+    for keys in (_key_sizes(numbers, ratio), {}, _same_keys(op, numbers, width, site)):
+        for genes in choices:
+            wide = _with(op, numbers, ranks | keys | genes)
+            if fits(wide, site):
+                return wide
     return None
 
 
@@ -137,6 +138,15 @@ def _key_sizes(numbers: _Numbers, ratio: float) -> dict[str, Gene]:
         if name in numbers.given:
             made[name] = _toward(value, ratio, numbers.number(name) or SMALLEST_HEAD)
     return made
+
+
+def _same_keys(op: Op, numbers: _Numbers, width: int, site: Site) -> dict[str, Gene]:
+    """The key width that the operator has now, for features that bear no larger one (Based's)."""
+    before = replace(site, width=width)
+    if "key_dim" not in numbers.genes or not fits(op, before):
+        return {}
+    size = getattr(config_of(op, before), "key_dim", None)
+    return {} if size is None else {"key_dim": size}
 
 
 def _attention(numbers: _Numbers, width: int, wide: int) -> Iterator[dict[str, Gene]]:

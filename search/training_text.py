@@ -142,8 +142,10 @@ def _power_text(value: float) -> str:
 
 
 def _time_text(seconds: float) -> str:
-    """Up to ten hours as every duration, then whole hours."""
+    """Up to ten hours as every duration from a second on, then whole hours."""
     hours = seconds / 3600
+    if seconds < 1:
+        return "under 1 s"
     if hours < 10:
         return duration_text(seconds)
     return f"{hours:,.0f} h" if hours < 99_999.5 else f"{count_text(hours)} h"

@@ -110,6 +110,12 @@ def test_the_published_shapes_come_out() -> None:
         ("mamba2(key_dim=16)", 256, "mamba2(key_dim=64)"),
         ("mamba2(key_dim=16)", 2048, "mamba2"),
         ("gla(key_dim=8)", 2048, "gla(key_dim=64)"),
+        # But not where the features of keys bear no more than 32.
+        ("based", 2048, "based"),
+        ("gla(decay=scalar, feature=taylor, key_dim=16)", 2048,
+         "gla(decay=scalar, feature=taylor, key_dim=16)"),
+        ("linear-attention(feature=taylor)", 2048,
+         "linear-attention(feature=taylor, key_dim=16)"),
         ("gla(heads=2)", 2048, "gla(heads=64)"),
         ("gla(heads=8)", 2048, "gla"),
         ("kda(heads=1, expand=1.5)", 128, "kda(expand=1.5, heads=2)"),
