@@ -17,6 +17,7 @@ from ..genome.notation import NotationError
 from ..genome.presets import PresetError
 from ..genome.rules import InvalidGenome
 from ..genome.scale import ScaleError
+from ..genome.small import SmallError
 from ..genome.star import StarError
 from ..primitives.base import GeneError
 from ..proxies.task import ProxyError
@@ -47,6 +48,7 @@ MISTAKES = (
     ConfigurationError,
     InvalidGenome,
     PresetError,
+    SmallError,
     ProxyError,
     DeviceError,
     ScaleError,

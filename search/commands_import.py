@@ -19,11 +19,13 @@ from ..primitives.base import DTYPES
 from .describe import check_dtype, counting, describe, exact_text, header_text
 from .options import AsJson, Context, Dtype, examples
 from .store import write_text
+from .study_around import study_around
 from .terminal import Mistake, console, plain, print_hanging, print_json, say, say_wrapped
 
 app = typer.Typer()
 
 SUFFIXES = (".yaml", ".yml", ".json")
+STUDY_SUFFIXES = (".yaml", ".yml")
 
 
 @app.command(
@@ -31,6 +33,7 @@ SUFFIXES = (".yaml", ".yml", ".json")
     epilog=examples(
         "mendel import models/llama-3.1-8b",
         "mendel import config.json --out mine.yaml",
+        "mendel import config.json --study mine-study.yaml",
         "mendel import config.json --context 262144 --json",
     ),
 )
@@ -40,6 +43,10 @@ def import_(
     ],
     out: Annotated[
         Path | None, typer.Option(help="Write the genome to this .yaml or .json file.")
+    ] = None,
+    study: Annotated[
+        Path | None,
+        typer.Option(help="Write a study to this .yaml file: a search around the model in small."),
     ] = None,
     context: Context = None,
     dtype: Dtype = None,
@@ -52,12 +59,19 @@ def import_(
     """
     check_dtype(dtype)
     found = imported.load(model)
+    files: dict[Path, str] = {}
     if out is not None:
         check_new(out, SUFFIXES)
+        files[out] = _file(model, out, found)
+    if study is not None:
+        check_new(study, STUDY_SUFFIXES)
+        if study in files:
+            raise Mistake(f"--out and --study both name {study}")
+        files[study] = study_around(found.genome, found.family, model.name, study)
     at = counting(None, context, dtype)
     counted = cost(found.genome, at.context, DTYPES[at.dtype])
-    if out is not None:
-        write_text(out, _file(model, out, found))
+    for path, text in files.items():
+        write_text(path, text)
     if as_json:
         described = describe(found.genome, counted, at.context, at.dtype)
         more = {"family": found.family, "differs": found.differs, "unread": found.unread}
@@ -73,10 +87,12 @@ def import_(
         lines.append(("not read", ", ".join(found.unread)))
     if lines:
         print_hanging(lines)
-    if out is None:
-        say_wrapped("--out FILE.yaml keeps the genome, for mendel show, compare and scale.", "dim")
-    else:
+    if not files:
+        say_wrapped("--out FILE.yaml keeps the genome; --study FILE.yaml starts a search.", "dim")
+    if out is not None:
         say(f"Wrote {out}. Look at it: mendel show {out}")
+    if study is not None:
+        say(f"Wrote {study}. Look at it, then: mendel search {study} --dry-run")
 
 
 def check_new(path: Path, suffixes: tuple[str, ...]) -> None:
