@@ -14,7 +14,7 @@ from typing import Any
 from ...primitives.base import GeneError
 from ...primitives.nearest import unknown
 from ..genome import Genome
-from . import dense, experts, hybrids, kimi, listed, mamba, qwen, recurrent
+from . import dense, experts, hybrids, kimi, listed, mamba, qwen, recurrent, remote
 from .fields import ConfigurationError as ConfigurationError
 from .fields import Fields, shown
 
@@ -27,7 +27,8 @@ class Family:
     """How the configurations of one model_type are read."""
 
     reference: str
-    """The class whose defaults `defaults` are."""
+    """The class whose defaults `defaults` are: of `transformers`, or with `fla.` before it of
+    flash-linear-attention."""
     read: Callable[[Fields], Genome]
     defaults: Mapping[str, Any]
     aliases: Mapping[str, str] = field(default_factory=dict)
@@ -103,9 +104,20 @@ FAMILIES: dict[str, Family] = {
         {"_block_types": "block_types"},
     ),
     "xlstm": Family("xLSTMConfig", recurrent.xlstm, recurrent.XLSTM),
+    "rwkv7": Family("fla.RWKV7Config", remote.rwkv7, remote.RWKV7),
+    "samba": Family("fla.SambaConfig", remote.samba, remote.SAMBA),
     "kimi_linear": Family("KimiLinearConfig", kimi.kimi_linear, kimi.KIMI_LINEAR, kimi.ALIASES),
 }
 """The families by `model_type`."""
+
+REFUSED = {
+    "zamba2": "its attention blocks share all weights but low-rank adapters, and read the "
+    "embeddings beside the stream",
+    "olmoe": "it norms the queries and the keys of all heads together",
+    "olmo2": "it norms the queries and the keys of all heads together",
+    "falcon_mamba": "it norms B, C and the step sizes without learned scales",
+}
+"""What no genome has of families that are asked for."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +140,8 @@ def read(values: Any) -> Imported:
     kind = values.get("model_type")
     if kind is None and "d_model" in values and "ssm_cfg" in values:
         kind, values = mamba.authors(values)
+    if kind in REFUSED:
+        raise ConfigurationError(f"model_type {kind!r} is no genome: {REFUSED[kind]}")
     if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join(FAMILIES)
         if not isinstance(kind, str):
