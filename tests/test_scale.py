@@ -56,7 +56,8 @@ def test_published_models_at_their_own_size_are_themselves(name: str) -> None:
     found = scale(genome, total.params)
     assert found.genome == genome
     assert found.deviation == 0
-    assert scale(genome, total.active_params, active=True).genome == genome
+    if total.active_params != total.params:
+        assert scale(genome, total.active_params, active=True).genome == genome
 
 
 def test_repeats_of_a_preset_share_as_the_preset_does() -> None:
