@@ -39,6 +39,7 @@ TRITON_FORMS: dict[str, tuple[str | None, ...]] = {
     "short_conv": (None,),
     "rms_norm": (None,),
     "linear_cross_entropy": (None,),
+    "moe_permute": (None,),
 }
 """The operators and their forms that have Triton kernels, in `triton_<operator>.py`."""
 

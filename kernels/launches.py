@@ -166,6 +166,11 @@ CHOICES: dict[str, Choices] = {
             Config((64,), 8, 1),
         ),
     ),
+    "moe_permute": Choices(
+        ("TILE_D",),
+        # Whole sectors of a row: numbers of a program, 8 per thread, or 4.
+        (Config((1024,), 4, 1), Config((512,), 4, 1), Config((2048,), 8, 1)),
+    ),
     "linear_cross_entropy": Choices(
         ("TILE_A",),
         (

@@ -7,13 +7,13 @@ over the pairs (n, j) that were not dropped (the dispatch of GShard, Lepikhin et
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backend import choose, without_autocast
+from .backend import choose, kernels, without_autocast
 from .definitions import accumulator
 
 OP = "moe_permute"
@@ -66,7 +66,10 @@ def permute(x: Tensor, where: Dispatch) -> Tensor:
 
     Raises `Unsupported` where a pinned backend does not serve the case.
     """
-    if choose(OP, x.device, dtype=x.dtype) == "definition":
+    backend = choose(OP, x.device, dtype=x.dtype)
+    if backend == "triton":
+        return cast(Tensor, kernels(OP, "permute")(x, where))
+    if backend == "definition":
         rows = [x[pair // where.back.shape[1]] for pair in where.order.tolist()]
         return torch.stack(rows) if rows else x[:0]
     y: Tensor = _Permute.apply(x, where.order, where.back)  # type: ignore[no-untyped-call]
@@ -81,7 +84,10 @@ def unpermute(y: Tensor, weights: Tensor, where: Dispatch) -> Tensor:
     no gradient. Raises `Unsupported` where a pinned backend does not serve the case.
     """
     dtype = accumulator(y, weights)
-    if choose(OP, y.device, dtype=y.dtype) == "definition":
+    backend = choose(OP, y.device, dtype=y.dtype)
+    if backend == "triton":
+        return cast(Tensor, kernels(OP, "unpermute")(y, weights, where))
+    if backend == "definition":
         return _definition(y.to(dtype), weights.to(dtype), where.back).to(y.dtype)
     out: Tensor = _Unpermute.apply(y, weights, where.order, where.back)  # type: ignore[no-untyped-call]
     return out

@@ -71,26 +71,30 @@ def _spans(x: Tensor, rows: int) -> tuple[int, int]:
     return triton.cdiv(tokens, length), length
 
 
+def tile_of_states(config: dict[str, int], kind: str, width: int, rows: int) -> dict[str, int]:
+    """A launch's constants with channels and lanes in place of NUMBERS, states of a tile."""
+    full = rounded(rows)
+    low = min(LANES[kind], full)
+    tile = min(LARGEST_TILE_D, max(1, config["NUMBERS"] // full), rounded(width))
+    constants = {name: size for name, size in config.items() if name != "NUMBERS"}
+    return {**constants, "HIGH": full // low, "LOW": low, "TILE_D": tile}
+
+
 def _launch(kind: str, kernel: Any, x: Tensor, rows: int, run: Callable[..., Any]) -> Any:
     """`run` with the number of tiles of the channels of x (B, T, D) and the kernel's constants.
 
     The tiles of a step are as short as it is, so that it moves its state and little else.
     """
     batch, tokens, width = x.shape
-    full = rounded(rows)
-    low = min(LANES[kind], full)
 
     def call(config: dict[str, int]) -> Any:
-        constants = {name: size for name, size in config.items() if name != "NUMBERS"}
-        tile = max(1, config["NUMBERS"] // full)
-        tile = min(LARGEST_TILE_D, tile, rounded(width))
-        lanes = {"HIGH": full // low, "LOW": low, "TILE_D": tile}
-        return run(triton.cdiv(width, tile), {**constants, **lanes})
+        constants = tile_of_states(config, kind, width, rows)
+        return run(triton.cdiv(width, constants["TILE_D"]), constants)
 
     with on_device_of(x):
         return tuned(
             f"{OP}.{kind}", kernel, x, call,
-            limits=(_chunk(tokens), full * LARGEST_TILE_D), sizes=(batch, tokens, width),
+            limits=(_chunk(tokens), rounded(rows) * LARGEST_TILE_D), sizes=(batch, tokens, width),
             exact=(rows,),
         )  # fmt: skip
 

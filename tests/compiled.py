@@ -30,9 +30,20 @@ FLOAT32 = {
         *("sums", "losses"),
     ),
     "delta_solve": ("beta", "dbeta"),
+    "diagonal_scan": ("log_a", "dlog_a"),
+    "complex_scan": ("log_a", "angle", "factor", "dlog_a", "dangle", "dfactor"),
+    "selective_scan": (
+        *("dt", "a", "states", "starts", "ahead", "ddt", "da", "dc", "written", "total"),
+    ),
 }
 """Pointers to float32, of all modules and of one; all others are to the dtype of the inputs."""
-NOT_FLOAT32 = {"short_conv": ("state", "dx"), "rms_norm": ("dx", "g")}
+NOT_FLOAT32 = {
+    "short_conv": ("state", "dx"),
+    "rms_norm": ("dx", "g"),
+    "selective_scan": ("dx",),
+    "diagonal_scan": ("db",),
+    "complex_scan": ("db",),
+}
 
 KERNELS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
     "matrix_state.states": [
@@ -58,22 +69,34 @@ KERNELS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
     "low_rank.direct": [("low_rank", "_direct", HALVES)],
     "low_rank.solve_gradients": [("low_rank", "_solve_gradients", LOW_RANK)],
     "diagonal_scan": [
-        ("diagonal_scan", "_forward", {"START": True}),
-        ("diagonal_scan", "_backward", {"START": True}),
+        ("diagonal_scan", "_forward", {"FIXED": False}),
+        ("diagonal_scan", "_backward", {"FIXED": False}),
     ],
+    "complex_scan": [
+        ("complex_scan", "_forward", {"FIXED": False, "TURN": True}),
+        ("complex_scan", "_backward", {"FIXED": True, "TURN": True}),
+    ],
+    "selective_scan.ends": [("selective_scan", "_ends", {"REVERSE": False})],
+    "selective_scan.forward": [("selective_scan", "_forward", {"CHUNK": 64})],
+    "selective_scan.backward": [("selective_scan", "_backward", {"CHUNK": 64})],
     "short_conv.forward": [("short_conv", "_forward", CONV)],
     "short_conv.backward": [("short_conv", "_backward", {**CONV, "WALK": 8})],
     "rms_norm": [
         ("rms_norm", "_forward", {**NORM, "RESIDUAL": True}),
         ("rms_norm", "_backward", {**NORM, "CARRIED": True}),
     ],
-    "step": [("step", "_step", {"K": 128, "V": 128, "FULL_K": 128, "DECAY": 4})],
+    "step": [("step", "_step", {"T": 1, "K": 128, "V": 128, "FULL_K": 128, "DECAY": 4})],
+    "moe_permute": [
+        ("moe_permute", "_gather_rows", {"K": 6}),
+        ("moe_permute", "_spread_rows", {"K": 6, "FULL_K": 8}),
+    ],
     "linear_cross_entropy": [("linear_cross_entropy", "_rows", {"GRADIENT": True})],
 }
 """The kernels that a list is for, with what a launch passes beside its tiles."""
 WITHOUT_PRODUCTS = (
     *("vector_decay.decayed", "diagonal_scan", "short_conv.forward", "short_conv.backward"),
-    *("rms_norm", "step", "linear_cross_entropy"),
+    *("rms_norm", "step", "linear_cross_entropy", "complex_scan", "moe_permute"),
+    *("selective_scan.ends", "selective_scan.forward", "selective_scan.backward"),
 )
 CHIPS = dict.fromkeys(
     (
@@ -103,11 +126,15 @@ def source(name: str, i: int, config: Config) -> tuple[Any, dict[str, int]]:
     launch = CHOICES[name].constants(config)
     if module == "rms_norm":
         launch = import_module("mendel.kernels.triton_rms_norm").tile_of_rows(launch, 4096)
+    if module == "selective_scan":
+        fit = import_module("mendel.kernels.triton_selective_scan").tile_of_states
+        launch = fit(launch, name.partition(".")[2], 4096, 16)
     options = {option: launch.pop(option) for option in ("num_warps", "num_stages")}
     constants = {**constants, **launch}
     kernel = getattr(import_module(f"mendel.kernels.triton_{module}"), function)
     wide = {*FLOAT32[""], *FLOAT32.get(module, ())} - {*NOT_FLOAT32.get(module, ())}
     types = {"scale": "fp32", "eps": "fp32", "z_weight": "fp32", "targets_ptr": "*i64"}
+    types["back_ptr"] = "*i64"
     types |= {f"{pointer}_ptr": "*fp32" for pointer in wide}
     signature = {
         argument: "constexpr"

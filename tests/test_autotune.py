@@ -216,7 +216,7 @@ def test_every_configuration_equals_the_definition() -> None:
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     found: dict[str, float] = json.loads(ran.stdout)
-    assert len(found) == 4 * 9
+    assert len(found) == 4 * 12
     for name, error in found.items():
         assert math.isfinite(error), name
         assert error < 1e-5, name

@@ -1,6 +1,7 @@
 """Triton kernels of what stands around the mixers, without a GPU: interpreted, and compiled.
 
-Short convolution, RMSNorm and linear cross-entropy; the method is that of `test_kernels_triton.py`.
+Short convolution, RMSNorm, linear cross-entropy, the rows of experts; the method is that of
+`test_kernels_triton.py`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def _errors() -> dict[str, dict[str, float]]:
     return found
 
 
-@pytest.mark.parametrize("op", ["short_conv", "rms_norm", "linear_cross_entropy"])
+@pytest.mark.parametrize("op", ["short_conv", "rms_norm", "linear_cross_entropy", "moe_permute"])
 def test_equals_definition(op: str) -> None:
     """Outputs, state and gradients: 1e-6 in float32, some tens of roundings of 6e-8.
 
@@ -91,6 +92,14 @@ KERNELS += [
     ("linear_cross_entropy", "_rows", {"TILE_A": 4096, "GRADIENT": True}),
     ("linear_cross_entropy", "_rows", {"TILE_A": 4096, "GRADIENT": False}),
 ]
+PAIRS: dict[str, Any] = {"K": 6, "FULL_K": 8, "TILE_D": 1024}
+COPIES = {f"{p}_ptr": None for p in ("weights", "y", "dots")}
+KERNELS += [
+    ("moe_permute", "_gather_rows", {"K": 6, "TILE_D": 1024}),
+    ("moe_permute", "_gather_rows", {"K": 6, "TILE_D": 1024, "weights_ptr": None}),
+    ("moe_permute", "_spread_rows", PAIRS),
+    ("moe_permute", "_spread_rows", {**PAIRS, **COPIES}),
+]
 
 
 def _compile(
@@ -105,6 +114,7 @@ def _compile(
         "eps": "fp32",
         "z_weight": "fp32",
         "targets_ptr": "*i64",
+        "back_ptr": "*i64",
         **{f"{p}_ptr": "*fp32" for p in FLOAT32},
     }
     signature = {

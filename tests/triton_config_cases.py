@@ -12,14 +12,26 @@ import sys
 
 import torch
 import triton_cases
+from interpreter import quick_calls
 from triton_cases import error, inputs
-from triton_layer_cases import conv_inputs, loss_inputs, mean_loss, norm_inputs, run
+from triton_layer_cases import (
+    conv_inputs,
+    expert_inputs,
+    loss_inputs,
+    mean_loss,
+    norm_inputs,
+    run,
+    to_experts_and_back,
+)
+from triton_scan_cases import complex_, selective
 
 from mendel.kernels import triton_delta_rule, triton_matrix_state, triton_vector_decay
 from mendel.kernels.autotune import use_tuning
 from mendel.kernels.backend import use_backend
+from mendel.kernels.complex_scan import complex_scan
 from mendel.kernels.launches import CHOICES
 from mendel.kernels.rms_norm import rms_norm
+from mendel.kernels.selective_scan import selective_scan
 from mendel.kernels.short_conv import short_conv
 
 CASES: dict[str, tuple[str, str, int]] = {
@@ -34,6 +46,7 @@ CASES: dict[str, tuple[str, str, int]] = {
 
 def main() -> None:
     torch.set_num_threads(1)
+    quick_calls()
     triton_cases.B = triton_cases.H = 1
     for module in (triton_matrix_state, triton_delta_rule, triton_vector_decay):
         module.CHUNK = 16
@@ -42,6 +55,9 @@ def main() -> None:
         "short_conv": (short_conv, conv_inputs(70, 130, 3, True, True)),
         "rms_norm": (rms_norm, norm_inputs(9, 600, True, True)),
         "linear_cross_entropy": (mean_loss, loss_inputs(5, 8, 4500, False)),
+        "complex_scan": (complex_scan, complex_(35, 40, True, "ffx")),
+        "selective_scan": (selective_scan, selective(11, 40, True, "16")),
+        "moe_permute": (to_experts_and_back, expert_inputs(3, 600, 2, False)),
     }
     found = {}
     for i in range(1, max(len(choices.configs) for choices in CHOICES.values())):

@@ -20,6 +20,7 @@ from mendel.kernels import triton_rms_norm
 from mendel.kernels.autotune import Config, use_tuning
 from mendel.kernels.backend import use_backend
 from mendel.kernels.linear_cross_entropy import linear_cross_entropy
+from mendel.kernels.moe_permute import dispatch, permute, unpermute
 from mendel.kernels.rms_norm import rms_norm
 from mendel.kernels.short_conv import short_conv
 
@@ -58,6 +59,27 @@ def loss_inputs(rows: int, width: int, alphabet: int, scaled: bool) -> Given:
         "targets": targets,
         "scale": torch.rand(alphabet) if scaled else None,
     }
+
+
+def expert_inputs(tokens: int, width: int, top_k: int, dropped: bool) -> Given:
+    """Distinct experts of 5, and a sixth that computes nothing where pairs are dropped."""
+    choices = torch.rand(tokens, 5 + dropped).argsort(-1)[:, :top_k]
+    return {
+        "x": torch.randn(tokens, width),
+        "weights": torch.rand(tokens, top_k),
+        "choices": choices,
+        "kept": torch.rand(tokens, top_k) < 0.6 if dropped else None,
+    }
+
+
+def to_experts_and_back(
+    x: Tensor, weights: Tensor, choices: Tensor, kept: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The weighted sums of what each expert makes of a token, and the rows."""
+    where = dispatch(choices, 5, kept)
+    rows = permute(x, where)
+    scale = torch.linspace(1, 2, rows.shape[0])[:, None].to(x.dtype)
+    return unpermute(rows * scale, weights, where), rows
 
 
 def mean_loss(**given: Any) -> tuple[Tensor, Tensor]:
@@ -115,6 +137,18 @@ for _rows, _width, _alphabet, _scaled, _options in (
         mean_loss,
         lambda n=_rows, d=_width, a=_alphabet, s=_scaled: loss_inputs(n, d, a, s),  # type: ignore[misc]
         _options,
+    )
+for _rows, _width, _top_k, _dropped in (
+    (1, 6, 1, False),
+    (1, 6, 2, True),
+    (9, 70, 3, False),
+    (7, 70, 3, True),
+    (5, 6, 4, True),
+):
+    CASES[f"moe_permute-{_rows}-{_width}-{_top_k}-{_dropped}"] = (
+        to_experts_and_back,
+        lambda n=_rows, d=_width, k=_top_k, p=_dropped: expert_inputs(n, d, k, p),  # type: ignore[misc]
+        {},
     )
 CASES["rms_norm-strided"] = (rms_norm, lambda: norm_inputs(40, 6, True, True, True), {})
 
