@@ -52,10 +52,10 @@ def import_(
     dtype: Dtype = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read the configuration of a model that you have as a genome; its weights stay where they are.
+    """Read the configuration of a model that you have as a genome.
 
-    Says what of the model the genome does not have. What has parameters or is cached is never left
-    out in silence: a configuration with such a part is refused.
+    Its weights stay where they are. Says what of the model the genome has not;
+    a part with parameters or a cache is never left out: it is refused by name.
     """
     check_dtype(dtype)
     found = imported.load(model)

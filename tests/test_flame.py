@@ -30,6 +30,8 @@ def parameters(c: Json) -> int:
         layer = width + (mamba(c) if c["model_type"] == "mamba" else mamba2(c))
         return embeddings + layers * layer + width
     inner = c.get("intermediate_size")
+    if c["model_type"] == "rwkv7":
+        return embeddings + rwkv7(c)
     if c["model_type"] == "samba":
         # Its MLP is given the ratio only.
         inner = 256 * -(-int(width * c["hidden_ratio"] * 2 / 3) // 256)
@@ -117,6 +119,18 @@ def deltaproduct(c: Json) -> int:
     return width * (mixed + steps * heads + values) + decay + conv + gate + value_dim
 
 
+def rwkv7(c: Json) -> int:
+    """All layers and norms: the first has no low-rank map of values, and a norm before it."""
+    width, layers = c["hidden_size"], c["num_hidden_layers"]
+    low = 2 * c["decay_low_rank_dim"] * width + width
+    low += 2 * c["a_low_rank_dim"] * width + width + 2 * c["gate_low_rank_dim"] * width
+    values = 2 * c["v_low_rank_dim"] * width + width
+    mixer = 6 * width + 3 * width + 4 * width * width + low + 2 * width
+    channel = width + 2 * width * c["intermediate_size"]
+    norms = 2 * width * (2 * layers + 1 + c["norm_first"])
+    return layers * (mixer + channel) + (layers - 1) * values + norms
+
+
 NATIVE: dict[str, Any] = {
     "transformer": lambda c: attention(c["hidden_size"], c),
     "mla": latent,
@@ -157,7 +171,9 @@ def test_the_librarys_model_has_the_genomes_parameters(notation: str) -> None:
     assert parameters(json.loads(json.dumps(config))) == cost(genome).total.params
 
 
-@pytest.mark.parametrize("name", ["llama-2-7b", "mamba-2.8b", "mamba2-130m"])
+@pytest.mark.parametrize(
+    "name", ["llama-2-7b", "mamba-2.8b", "mamba2-130m", "samba-421m", "rwkv7-0.1b", "rwkv7-2.9b"]
+)
 def test_published_models_have_theirs(name: str) -> None:
     genome = published.load(name)
     assert parameters(fla_config(genome)) == cost(genome).total.params
@@ -205,6 +221,10 @@ def test_no_rounding_of_a_ratio_loses_a_channel(
         ("{width=64} [mla > swiglu > mha > swiglu]", "slot 2: latent attention stands beside"),
         ("{width=64} [jamba-mamba > moe]*2", "slot 0: jamba-mamba: Mamba has a convolution"),
         ("{width=64, norm=layernorm} [gla > swiglu]", "norm=layernorm: every layer of the library"),
+        ("{width=64, norm=layernorm} [rwkv7 > rwkv7-channel]", "slot 0: rwkv7: value_mix=none is"),
+        ("{width=64} [rwkv7 > rwkv7-channel]", "norm=rmsnorm: every layer of the library has"),
+        ("{width=64, norm=layernorm} [rwkv7 > swiglu]", "slot 0: rwkv7: value_mix=none"),
+        ("{width=64, norm=layernorm} mha > swiglu > rwkv7 > swiglu", "slot 0: mha stands where"),
         ("{width=64, residual=rezero} [gla > swiglu]", "residual=rezero: every layer"),
         ("{width=64, embedding_norm=true} [gla > swiglu]", "embedding_norm=true: the library"),
         (

@@ -16,8 +16,10 @@ from ...genome.resolve import config_of, groups, primitive_of, sites
 from ...primitives.attention.layer import AttentionConfig
 from ...primitives.base import Config, show_gene
 from ...primitives.channel.mlp import MlpConfig
-from ...primitives.norm import RMSNORM_EPS
-from .fla_layers import NATIVE, STACKS, Fields, Reader, attention
+from ...primitives.channel.rwkv import RwkvChannelConfig
+from ...primitives.norm import LAYERNORM_EPS, RMSNORM_EPS
+from ...primitives.recurrence.rwkv7 import Rwkv7Config
+from .fla_layers import NATIVE, STACKS, Fields, Reader, attention, rwkv7
 
 MULTIPLE = 256
 """Samba's inner width follows from a ratio and is rounded up to a multiple of this."""
@@ -37,7 +39,6 @@ class NotExpressible(ValueError):
 
 def fla_config(genome: Genome) -> Fields:
     """The configuration, as `config.json` has it. Raises NotExpressible."""
-    _require_header(genome)
     _require_no_sharing(genome)
     configs: list[Config] = []
     for i, (slot, row) in enumerate(zip(genome.slots, sites(genome), strict=True)):
@@ -49,18 +50,27 @@ def fla_config(genome: Genome) -> Fields:
     ops = [slot.branches[0] for slot in genome.slots]
     names = [op.name for op in ops]
     mixes = [primitive_of(op).kind == "mixer" for op in ops]
+    if any(isinstance(config, Rwkv7Config) for config in configs):
+        _require_header(genome, "layernorm")
+        return _written(genome, _rwkv7(configs, names, genome.embedding_norm), LAYERNORM_EPS)
+    _require_header(genome, "rmsnorm")
     stack = STACKS.get(type(configs[0]))
     if stack is not None and (len(mixes) == 1 or mixes[1]):
         own = _stack(configs, names, stack)
     else:
         own = _alternating(configs, names, mixes, genome.width)
+    return _written(genome, own, RMSNORM_EPS)
+
+
+def _written(genome: Genome, own: Fields, epsilon: float) -> Fields:
+    """The fields of a model with those that every model has."""
     return {
         "model_type": own.pop("model_type"),
         "vocab_size": genome.vocab,
         "hidden_size": genome.width,
         **own,
         "tie_word_embeddings": genome.tied,
-        "norm_eps": RMSNORM_EPS,
+        "norm_eps": epsilon,
         "fuse_norm": True,
         "fuse_cross_entropy": True,
     }
@@ -70,17 +80,19 @@ def _no(slot: int, why: str) -> NotExpressible:
     return NotExpressible(f"slot {slot}: {why}", slot)
 
 
-def _require_header(genome: Genome) -> None:
+def _require_header(genome: Genome, kind: str) -> None:
+    """The header of the library's models: with RWKV-7 another norm, and one after the embedding."""
     norm, placement = norms_of(genome)
     asked = {"norm": norm, "placement": placement, "residual": genome.residual}
-    for gene, allowed in {"residual": "plain", "norm": "rmsnorm", "placement": "pre"}.items():
+    for gene, allowed in {"residual": "plain", "norm": kind, "placement": "pre"}.items():
         if asked[gene] != allowed:
             raise NotExpressible(
                 f"{gene}={asked[gene]}: every layer of the library has {gene}={allowed}"
             )
+    carried = _CARRIED if kind == "rmsnorm" else {*_CARRIED, "embedding_norm"}
     for axis in HEADER:
         found = getattr(genome, axis.name)
-        if axis.name not in _CARRIED and found != axis.default:
+        if axis.name not in carried and found != axis.default:
             raise NotExpressible(f"{axis.name}={show_gene(found)}: the library has no such model")
     if genome.position not in ("rope", "none"):
         raise NotExpressible(f"position={genome.position}: the library has no positions but RoPE's")
@@ -109,6 +121,38 @@ def _stack(configs: list[Config], names: list[str], read: Reader) -> Fields:
                 "SwiGLU after each mixer has one kind of layer",
             )
     return {"num_hidden_layers": len(configs), **own}
+
+
+def _rwkv7(configs: list[Config], names: list[str], norm_first: bool) -> Fields:
+    """RWKV-7 and its channel mixing in turn; only the first layer keeps its values as they are."""
+    for i, config in enumerate(configs):
+        mixer = i % 2 == 0
+        if not isinstance(config, Rwkv7Config if mixer else RwkvChannelConfig):
+            part = "mixer" if mixer else "channel mixing"
+            raise _no(i, f"{names[i]} stands where the library's RWKV-7 has its {part}")
+        if isinstance(config, RwkvChannelConfig) and (config.receptance or config != configs[1]):
+            raise _no(i, f"{names[i]} is not the channel mixing that all layers have there")
+        if isinstance(config, Rwkv7Config):
+            wanted = "lend" if i == 0 else "mix"
+            if config.value_mix != wanted:
+                raise _no(i, f"{names[i]}: value_mix={config.value_mix} is {wanted} there")
+            if i > 2 and config != configs[2]:
+                raise _no(i, f"{names[i]} is not that of slot 2: all layers are the same there")
+    if len(configs) % 2:
+        raise _no(len(configs) - 1, "the library has a channel mixing after every mixer")
+    last = configs[-2]
+    assert isinstance(last, Rwkv7Config)
+    first = configs[0]
+    assert isinstance(first, Rwkv7Config)
+    if replace(last, value_mix="lend", value_rank=0) != first:
+        raise _no(2, f"{names[2]} has other sizes than that of slot 0: all are the same there")
+    own = rwkv7(last)
+    if isinstance(own, str):
+        raise _no(0, f"{names[0]}: {own}")
+    channel = configs[1]
+    assert isinstance(channel, RwkvChannelConfig)
+    layers: Fields = {"num_hidden_layers": len(configs) // 2, "intermediate_size": channel.inner}
+    return layers | own | {"norm_first": norm_first, "attn": None}
 
 
 def _alternating(configs: list[Config], names: list[str], mixes: list[bool], width: int) -> Fields:

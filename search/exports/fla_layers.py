@@ -18,6 +18,7 @@ from ...primitives.attention.score import ScoreForm
 from ...primitives.diagonal.selective import SelectiveConfig
 from ...primitives.recurrence.delta import DeltaConfig
 from ...primitives.recurrence.matrix_state import RecurrenceConfig
+from ...primitives.recurrence.rwkv7 import Rwkv7Config
 from ...primitives.rope import RopeForm
 
 Fields = dict[str, Any]
@@ -237,6 +238,22 @@ def delta(c: DeltaConfig) -> Fields | str:
             "qk_activation": "silu",
         }
     return {**kind, **own}
+
+
+def rwkv7(c: Rwkv7Config) -> Fields | str:
+    """The layers of the model `rwkv7` behind the first, where values are mixed."""
+    if c.shift != "static" or c.inner != c.width:
+        return "RWKV-7 has static token shifts and is as wide as the stream there"
+    return {
+        "model_type": "rwkv7",
+        "head_dim": c.head_dim,
+        "decay_low_rank_dim": c.rank,
+        "a_low_rank_dim": c.rank,
+        "gate_low_rank_dim": c.gate_rank,
+        "v_low_rank_dim": c.value_rank,
+        "hidden_act": "sqrelu",
+        "norm_bias": True,
+    }
 
 
 Reader = Callable[[Any], Fields | str]

@@ -29,12 +29,11 @@ WEIGHTLESS = "No weights are in this folder: flame begins with its own."
 
 TRAIN = """\
 #!/usr/bin/env bash
-# To be run in a checkout of https://github.com/fla-org/flame, with the path of this folder:
-#   bash {name}/train.sh {name}
+# To be called by its path from a checkout of https://github.com/fla-org/flame.
 # {params:,} parameters with a vocabulary of {vocab:,}. Batch, data and steps are those of flame's
 # own example for small models; change them to what you have.
 set -euo pipefail
-model=$(realpath "${{1:-$(dirname "$0")}}")
+model=$(realpath "$(dirname "$0")")
 NGPU=${{NGPU:-1}} bash train.sh \\
   --job.config_file flame/models/fla.toml \\
   --job.dump_folder "exp/{name}" \\
@@ -84,7 +83,7 @@ def write_flame(order: Order, folder: Path) -> dict[str, Any]:
     script.write_text(text, encoding="utf-8")
     script.chmod(0o755)
     write_design(order, folder)
-    uses = (f"bash {name}/train.sh {name}    # in a checkout of flame",)
+    uses = ("cd flame && bash /path/of/this/folder/train.sh    # in a checkout of flame",)
     page = card(order.source, weights=WEIGHTLESS, files=FILES, uses=uses)
     (folder / "README.md").write_text(page, encoding="utf-8")
     return {}
