@@ -168,7 +168,8 @@ POINTS = (
             "aux_weight": 0.01,
         },
         "Jin et al., MoE++, arXiv 2410.07348",
-        "The 0.6B model. As the paper writes it; the released code renormalises the two weights.",
+        "The 0.6B model. As the paper writes it; the released code renormalises the two weights. "
+        "The loss in this layer's own normalisation, 1 for an even load.",
     ),
     Point(
         "gpt-oss-moe",
