@@ -219,6 +219,10 @@ FORMS = {
     "latent": "{width=16, norm=none} mla(heads=2) > gated-deltanet(heads=2) > kan",
     "long": "{width=16} hyena(length=64) > s4d > rwkv7(heads=2) > mega",
     "choice": "{width=16} routing-attention(heads=2, window=8) > lstm > ttt-linear(heads=2)",
+    "depth": (
+        "{width=16} [mha(heads=2) | gru](join=top1) > [mqa(heads=2)](tokens=0.5) > swiglu > "
+        "[gru](tokens=0.3)"
+    ),
     "routers": "{width=16} gru > hash-layer(experts=4) > moe++(experts=4) > noisy-top-k(experts=4)",
 }
 
@@ -246,6 +250,13 @@ def test_every_form_survives(name: str, tmp_path: Path) -> None:
         model(x[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(4, 11)
     ]
     close(torch.cat(rest, 1), wanted[:, 4:])
+    turned = model(x[:, :4], use_cache=True).past_key_values
+    turned.reorder_cache(torch.tensor([1, 1]))
+    x[0, :4] = x[1, :4]
+    rest = [
+        model(part, past_key_values=turned, use_cache=True).logits for part in x[:, 4:].split(3, 1)
+    ]
+    close(torch.cat(rest, 1), own(x)[0][:, 4:])
     half = load(folder, dtype=torch.bfloat16)
     torch.testing.assert_close(
         half(x, use_cache=False).logits, own.to(torch.bfloat16)(x)[0], rtol=0, atol=0

@@ -10,7 +10,8 @@ state of their own.
 
 Training. What operators add to the loss (experts, learned spans) is added in training mode. Call
 `model.after_step()` after every step of an optimiser: experts adjust their balance, and weights
-that live on a sphere return to it; where neither is there it does nothing.
+that live on a sphere return to it; where neither is there it does nothing. Slots that take a share of
+the tokens choose it in training mode among all columns, padding included.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...genome.encoded import decode
 from ...genome.model import LanguageModel, ModelState
+from ...genome.routing import RowStates
 from .configuration_mendel import MendelConfig
 from .mendel_parts import CLASSES
 
@@ -341,6 +343,9 @@ def _rows_of(state: ModelState, rows: list[int]) -> ModelState:
     new = state.clone()
     for slot in new.operators:
         for part in slot:
+            if isinstance(part, RowStates):
+                part.rows = [part.rows[row].clone() for row in rows]
+                continue
             part.tensors = {
                 k: t[torch.tensor(rows, device=t.device)] for k, t in part.tensors.items()
             }
