@@ -10,8 +10,8 @@ state of their own.
 
 Training. What operators add to the loss (experts, learned spans) is added in training mode. Call
 `model.after_step()` after every step of an optimiser: experts adjust their balance, and weights
-that live on a sphere return to it; where neither is there it does nothing. Slots that take a share of
-the tokens choose it in training mode among all columns, padding included.
+that live on a sphere return to it; where neither is there it does nothing. Slots that take a share
+of the tokens choose it in training mode among all columns, padding included.
 """
 
 from __future__ import annotations
