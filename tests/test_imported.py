@@ -193,6 +193,13 @@ def test_what_differs_is_said() -> None:
     )
 
 
+def test_of_a_model_that_also_sees_the_language_model_is_read() -> None:
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "num_hidden_layers": 34}
+    found = imported.read({"model_type": "gemma3", "text_config": text, "vision_config": {}})
+    assert found.genome == imported.read(text).genome
+    assert found.differs[-1] == "gemma3's parts beside its language model"
+
+
 def test_a_scaling_of_rope_that_the_genome_has_is_no_difference() -> None:
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
     for scaling, text in ((yarn, "yarn"), ({"rope_type": "linear", "factor": 4.0}, "linear")):

@@ -22,6 +22,19 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 DENSE = {**SMALL, **HEADS, "intermediate_size": 128, "rms_norm_eps": 1e-6}
 GEMMA = {**DENSE, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 9}
 MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 2}
+ROTARY = 8
+LATENT = {
+    **DENSE,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 24,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": ROTARY,
+    "v_head_dim": 12,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
 
 CASES: dict[str, dict[str, Any]] = {
@@ -50,6 +63,8 @@ CASES: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 128,
         "mlp_only_layers": [1],
     },
+    "deepseek_v2": {**LATENT, "q_lora_rank": None, "num_experts_per_tok": 2},
+    "deepseek_v3": {**LATENT, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2},
     "mamba": {**SMALL, "layer_norm_epsilon": 1e-6},
     "mamba2": {
         **SMALL,
@@ -112,7 +127,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 CAPS = {"gemma2": 30.0}
 """Of logits, which the genome has not."""
-DIFFER = {*CAPS, "nemotron_h"}
+DIFFER = {*CAPS, "nemotron_h", "deepseek_v3"}
 """What has a difference that is taken away here."""
 
 MIXERS = ("self_attn", "mamba", "conv", "mixer")
@@ -138,12 +153,33 @@ def operator(t: Weights) -> Weights:
     if "conv.weight" in t:
         taps = {"conv.weight": t["conv.weight"].squeeze(1)}
         return joined(t, "in_proj", "in_proj") | taps | joined(t, "out_proj", "o_proj")
+    if "kv_b_proj.weight" in t:
+        return latent(t)
     if "qkv_proj.weight" in t:
         return joined(t, "entry", "qkv_proj") | joined(t, "exit", "o_proj")
     if "q_proj.weight" in t:
         entry = joined(t, "entry", "q_proj", "k_proj", "v_proj") | joined(t, "exit", "o_proj")
         return entry | joined(t, "q_norm", "q_norm") | joined(t, "k_norm", "k_norm")
     return mlp(t)
+
+
+def latent(t: Weights) -> Weights:
+    """DeepSeek's attention, whose RoPE turns neighbouring channels, ours those half apart."""
+    order = [*range(0, ROTARY, 2), *range(1, ROTARY, 2)]
+
+    def turned(rows: Tensor) -> Tensor:
+        kept = rows.shape[-2] - ROTARY
+        return torch.cat((rows[..., :kept, :], rows[..., kept:, :][..., order, :]), -2)
+
+    queries = t.get("q_b_proj.weight", t.get("q_proj.weight"))
+    assert queries is not None
+    heads = turned(queries.unflatten(0, (HEADS["num_attention_heads"], -1))).flatten(0, 1)
+    first = t.get("q_a_proj.weight", heads)
+    own = {"entry.weight": torch.cat((first, turned(t["kv_a_proj_with_mqa.weight"])))}
+    if "q_a_norm.weight" in t:
+        own |= {"q_norm.weight": t["q_a_norm.weight"], "q_up.weight": heads}
+    own |= {"kv_norm.weight": t["kv_a_norm.weight"], "kv_up.weight": t["kv_b_proj.weight"]}
+    return own | joined(t, "exit", "o_proj")
 
 
 def _scan(t: Weights, a: str, more: Weights) -> Weights:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,8 @@ class Imported:
     """Its model_type."""
     genome: Genome
     differs: tuple[str, ...]
-    """What of the model the genome does not have: nothing that has parameters or is cached."""
+    """What of the model the genome does not have: nothing of the language model that has parameters
+    or is cached."""
     unread: tuple[str, ...]
     """Fields of the file that are not known here, and may mean something."""
 
@@ -142,6 +143,10 @@ def read(values: Any) -> Imported:
         kind, values = mamba.authors(values)
     if kind in REFUSED:
         raise ConfigurationError(f"model_type {kind!r} is no genome: {REFUSED[kind]}")
+    text = values.get("text_config")
+    if kind not in FAMILIES and isinstance(text, Mapping) and text.get("model_type") in FAMILIES:
+        found = read(text)
+        return replace(found, differs=(*found.differs, f"{kind}'s parts beside its language model"))
     if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join(FAMILIES)
         if not isinstance(kind, str):
