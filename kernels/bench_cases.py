@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .backend import Backend, use_backend
+from .complex_scan import complex_scan
 from .delta_rule import delta_rule
 from .diagonal_low_rank import diagonal_low_rank
 from .diagonal_scan import diagonal_scan
@@ -52,6 +53,7 @@ FUNCTIONS: dict[str, Call] = {
     "matrix_state": matrix_state,
     "delta_rule": delta_rule,
     "diagonal_scan": diagonal_scan,
+    "complex_scan": complex_scan,
     "selective_scan": selective_scan,
     "short_conv": short_conv,
     "rms_norm": rms_norm,
@@ -66,6 +68,7 @@ FORMS: tuple[tuple[str, str | None], ...] = (
     *(("matrix_state", form) for form in ("none", "fixed", "scalar", "vector", "preread")),
     *(("delta_rule", form) for form in (None, "vector", "diagonal-low-rank")),
     ("diagonal_scan", None),
+    ("complex_scan", None),
     ("selective_scan", None),
     ("short_conv", None),
     ("rms_norm", None),
@@ -126,6 +129,11 @@ class Case:
         if self.op == "diagonal_scan":
             state = draw.normal(B, D).float() if T == 1 else None
             return {"log_a": draw.decay(B, T, D), "b": draw.normal(B, T, D), "state": state}
+        if self.op == "complex_scan":
+            state = draw.normal(B, 2 * D).float() if T == 1 else None
+            angle = 0.1 * draw.normal(D).float()
+            b = draw.normal(B, T, 2 * D)
+            return {"log_a": draw.decay(B, T, D), "angle": angle, "b": b, "state": state}
         if self.op == "selective_scan":
             n = self.size
             rates = torch.arange(1, n + 1, device=device).expand(D, n)

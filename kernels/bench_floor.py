@@ -9,6 +9,7 @@ chunks of C = 64 (at most T):
     delta rule              N H (6 K V + C (3 K + 2 V) + C^2 / 3) the same, and 4 N H for beta
     diagonal plus low rank  N H (8 K V + C (5 K + 4 V) + C^2 / 3) the same, and 2 e N H K for a, b
     diagonal scan           2 N D                                 3 e N D
+    complex scan            8 N D                                 5 e N D
     selective scan          9 N D n                               e N (3 D + 2 n)
     convolution             2 W N D                               2 e N D
     norm with residual      4 N D                                 4 e N D
@@ -17,8 +18,8 @@ chunks of C = 64 (at most T):
     causal attention        2 N T D                               4 e N D
 
 The backward passes: twice the FLOPs (delta rules, attention and the selective scan 2.5 times), and
-e N H (4 K + 3 V), 5 e N D, 3 e N D (convolution), 4 e N D (norm), 2 e N D + e A D (loss) bytes. A
-step moves its state, in float32, in and out.
+e N H (4 K + 3 V), 5 e N D, 8 e N D (complex scan), 3 e N D (convolution), 4 e N D (norm),
+2 e N D + e A D (loss) bytes. A step moves its state, in float32, in and out.
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ def floor(case: Case) -> dict[str, float]:
     if case.op == "diagonal_scan":
         flops, again = 2.0 * N * D, 2.0
         moved, moved_again, state = 3.0 * e * N * D, 5.0 * e * N * D, 8.0 * case.batch * D
+    elif case.op == "complex_scan":
+        flops, again = 8.0 * N * D, 2.0
+        moved, moved_again, state = 5.0 * e * N * D, 8.0 * e * N * D, 16.0 * case.batch * D
     elif case.op == "selective_scan":
         flops, again = 9.0 * N * D * case.size, 2.5
         moved = e * N * (3.0 * D + 2 * case.size)

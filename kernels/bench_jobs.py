@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .backend import OPS, Backend, Unsupported, backends
+from .backend import Backend, Unsupported, backends
 from .bench_cases import FORMS, STATELESS, TOLERANCE, Call, Case, check, function_of, pinned
 from .bench_peers import peers
 
@@ -99,10 +99,8 @@ def jobs(device: str) -> Iterator[Job]:
 
 def _backends(op: str, form: str | None, device: str) -> tuple[str, ...]:
     """No kernel runs on a CPU; on a GPU a loop over thousands of tokens says nothing."""
-    # The selective scan has no kernel of its own: its states are the diagonal scan's.
-    there = backends(op, form) if op in OPS else ("definition", "chunked")
     skipped = "triton" if device == "cpu" else "definition"
-    return tuple(b for b in reversed(there) if b != skipped)
+    return tuple(b for b in reversed(backends(op, form)) if b != skipped)
 
 
 def check_job(job: Job, device: str) -> dict[str, Any]:
