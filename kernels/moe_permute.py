@@ -7,6 +7,7 @@ over the pairs (n, j) that were not dropped (the dispatch of GShard, Lepikhin et
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -48,13 +49,15 @@ def dispatch(choices: Tensor, experts: int, kept: Tensor | None = None) -> Dispa
     back = torch.empty_like(order)
     back[order] = torch.arange(order.numel(), device=flat.device)
     if kept is not None:
-        rows = _rows(ends)
+        read: Callable[[Tensor], int] = _rows
+        if torch.compiler.is_compiling():  # as a decorator it would import Triton with torch's
+            read = torch.compiler.disable(_rows)  # type: ignore[no-untyped-call]
+        rows = read(ends)
         order = order[:rows]
         back = back.masked_fill(back >= rows, -1)
     return Dispatch(order, back.view(choices.shape), ends)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _rows(ends: Tensor) -> int:
     """How many rows there are, which decides a shape: the device has to be waited for."""
     return int(ends[-1])
