@@ -193,7 +193,7 @@ def qwen_windows(f: Fields) -> list[bool]:
 def phi3(f: Fields) -> Genome:
     """`Phi3Config`; its fused projections are the genome's too."""
     f.epsilon("rms_norm_eps")
-    f.get("original_max_position_embeddings")
+    f.known("original_max_position_embeddings")
     mixer = attention(f, **window(f), **rope(f))
     return f.genome(alone(mixer, mlp(f)) * layer_count(f, None))
 
@@ -203,7 +203,7 @@ def gemma(f: Fields) -> Genome:
     f.epsilon("rms_norm_eps")
     f.never("use_bidirectional_attention", why=LATER)
     # Files call the activation by two names and two forms; the library runs the tanh form for all.
-    f.get("hidden_act"), f.get("hidden_activation")
+    f.known("hidden_act", "hidden_activation")
     mixer = attention(f, bias=f.flag("attention_bias"), **rope(f))
     channel = op("geglu", expansion=expansion(f, "intermediate_size"), activation="gelu-tanh")
     return f.genome(alone(mixer, channel) * layer_count(f, None))
@@ -227,7 +227,7 @@ def gemma3(f: Fields) -> Genome:
     count = layer_count(f, layers)
     period = f.optional("sliding_window_pattern") or GEMMA3_PERIOD
     layers = layers or ["sliding" if (i + 1) % period else "full" for i in range(count)]
-    f.get("_sliding_window_pattern")
+    f.known("_sliding_window_pattern")
     f.neutral("attn_logit_softcapping", None, what="a cap on scores")
     turns = {
         "sliding": rope(f, "sliding_attention", "rope_local_base_freq", GEMMA3_LOCAL_BASE),

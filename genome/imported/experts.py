@@ -100,9 +100,7 @@ def hidden(f: Fields) -> dict[str, Gene]:
 def latent_attention(f: Fields, position: str = "rope") -> Op:
     """Multi-head latent attention by DeepSeek's fields."""
     f.never("attention_bias", why="its biases are on some projections only")
-    for name in ("num_key_value_heads", "head_dim", "qk_head_dim"):
-        # What the class derives; nothing reads them.
-        f.get(name)
+    f.known("num_key_value_heads", "head_dim", "qk_head_dim")
     head_dim = f.whole("qk_nope_head_dim")
     value_dim = f.whole("v_head_dim")
     genes: dict[str, Gene] = {"rope_theta": rope_base(f)} if position == "rope" else {}
@@ -126,7 +124,7 @@ def deepseek_v2(f: Fields) -> Genome:
     groups: dict[str, Gene] = {}
     if f.option("topk_method", ("greedy", "group_limited_greedy")) == "group_limited_greedy":
         groups = {"groups": f.whole("n_group"), "top_groups": f.whole("topk_group")}
-    f.get("n_group"), f.get("topk_group"), f.get("aux_loss_alpha")
+    f.known("n_group", "topk_group", "aux_loss_alpha")
     f.neutral("scoring_func", None, "softmax", what="the scores of the router")
     experts = op(
         "deepseek-moe",
@@ -147,7 +145,7 @@ def deepseek_v3(f: Fields) -> Genome:
     f.epsilon("rms_norm_eps")
     f.neutral("scoring_func", None, "sigmoid", what="the scores of the router")
     f.neutral("topk_method", None, "noaux_tc", what="the choice of experts")
-    f.get("aux_loss_alpha"), f.get("rope_interleave")
+    f.known("aux_loss_alpha", "rope_interleave")
     if f.whole("num_nextn_predict_layers", low=0):
         f.note("the module that predicts a second token")
     shared = f.optional("n_shared_experts") or 0

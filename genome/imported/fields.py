@@ -67,6 +67,10 @@ class Fields:
         self._asked.add(name)
         return self._values.get(name, self._defaults.get(name))
 
+    def known(self, *names: str) -> None:
+        """Fields that mean nothing here, or nothing beside the others."""
+        self._asked.update(names)
+
     def given(self, name: str) -> bool:
         """The file itself has the field, and not as null."""
         return self._values.get(name) is not None

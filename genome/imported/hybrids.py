@@ -196,11 +196,10 @@ def falcon_h1(f: Fields) -> Genome:
     if set(factors) != {1.0}:
         f.note("fixed factors on embeddings, projections, keys and logits (*_multiplier)")
     # With `mamba_use_mlp` false a layer would have no MLP; no class reads it.
-    f.get("mamba_use_mlp")
+    f.known("mamba_use_mlp")
     inner = f.optional("mamba_d_ssm")
     if inner is None:
         inner = f.whole("mamba_expand") * f.whole("hidden_size")
-    f.get("mamba_expand")
     norm = "none"
     if f.flag("mamba_rms_norm"):
         norm = "rmsnorm-all" if f.flag("mamba_norm_before_gate") else "gated-rmsnorm"
@@ -208,7 +207,6 @@ def falcon_h1(f: Fields) -> Genome:
             raise f.refuse(
                 "mamba_norm_before_gate", "with groups, a genome's Mamba-2 norms after the gate"
             )
-    f.get("mamba_norm_before_gate")
     mixer = Slot(
         (attention(f, bias=f.flag("attention_bias"), **rope(f)), mamba2_of(f, inner, norm)), "sum"
     )
@@ -244,7 +242,6 @@ def granite(f: Fields) -> Genome:
         )
         inner, always_on = f.whole("intermediate_size"), f.whole("shared_intermediate_size")
         channel = beside(experts, inner, channel.branches[0], always_on)
-    f.get("intermediate_size"), f.get("num_experts_per_tok")
     slots: list[Slot] = []
     for kind in layers:
         slots += [*alone(attention(f, **genes) if kind == "attention" else mamba), channel]
@@ -255,7 +252,7 @@ def bamba(f: Fields) -> Genome:
     """`BambaConfig`: half of a head's channels are turned."""
     count = layer_count(f, None)
     places = f.list_of("attn_layer_indices", int, "layers' numbers") or []
-    f.get("z_loss_coefficient")
+    f.known("z_loss_coefficient")
     mamba = mamba2_of(f, f.whole("mamba_expand") * f.whole("hidden_size"))
     mixer = attention(f, bias=f.flag("attention_bias"), **rope(f))
     channel = mlp(f, bias=f.flag("mlp_bias"))

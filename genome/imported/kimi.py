@@ -8,7 +8,7 @@ from typing import Any
 from ..genome import Genome, Op, Slot
 from .experts import hidden, latent_attention, sigmoid_experts
 from .fields import ConfigurationError, Fields, alone, op, shown
-from .parts import layer_count, mlp
+from .parts import layer_count, mlp, without_rope
 
 KIMI_LINEAR: Mapping[str, Any] = {
     "vocab_size": 163840,
@@ -74,11 +74,11 @@ def kimi_linear(f: Fields) -> Genome:
     shared = f.optional("n_shared_experts") or 0
     experts = sigmoid_experts(f, "moe", shared=shared, **hidden(f))
     dense = mlp(f)
-    for name in ("rope_theta", "rope_scaling", "rope_parameters", "mla_use_nope"):
-        f.get(name)
+    without_rope(f)
+    f.neutral("mla_use_nope", None, True, what="RoPE in latent attention")
     f.neutral("num_nextn_predict_layers", None, 0, what="modules that predict further tokens")
-    for name in ("moe_router_activation_func", "use_grouped_topk", "topk_method"):
-        f.get(name)
+    f.neutral("moe_router_activation_func", None, "sigmoid", what="the scores of the router")
+    f.known("use_grouped_topk", "topk_method")
     slots: list[Slot] = []
     for kind, channel in zip(_mixers(f, count, linear), _channels(f, count), strict=True):
         mixer: Op = kda if kind == "kda" else mla

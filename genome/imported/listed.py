@@ -74,16 +74,14 @@ def lfm2(f: Fields) -> Genome:
     for name in ("conv_dim", "conv_dim_out", "block_dim"):
         if f.get(name) not in (None, width):
             raise f.refuse(name, f"the library's LFM2 is {width} wide throughout")
-    for name in ("block_mlp_init_scale", "block_norm_eps", "block_out_init_scale"):
-        f.get(name)
-    for name in (
+    f.known("block_mlp_init_scale", "block_norm_eps", "block_out_init_scale")
+    f.known(
         "num_heads",
         "block_use_swiglu",
         "block_use_xavier_init",
         "conv_use_xavier_init",
         "use_pos_enc",
-    ):
-        f.get(name)
+    )
     count = layer_count(f, None)
     layers = f.layers("layer_types", {"conv": "conv", "full_attention": "attention"})
     layer_count(f, layers)
@@ -98,7 +96,6 @@ def lfm2(f: Fields) -> Genome:
         if f.get("block_ffn_dim_multiplier") is not None:
             inner = int(f.number("block_ffn_dim_multiplier") * inner)
             inner = multiple * -(-inner // multiple)
-    f.get("block_multiple_of"), f.get("block_ffn_dim_multiplier")
     channel = op("swiglu", expansion=expansion(f, "intermediate_size", inner))
     conv = op("lfm2-conv", taps=f.whole("conv_L_cache"))
     mixer = attention(f, qk_norm=True, **rope(f))
@@ -117,7 +114,7 @@ def nemotron_h(f: Fields) -> Genome:
     f.neutral("time_step_min", None, 0, what="a least step size in the library's Mamba-2")
     if f.whole("num_nextn_predict_layers", low=0):
         f.note("the modules that predict more than one token")
-    for name in (
+    f.known(
         "expand",
         "mtp_layers_block_type",
         "mtp_hybrid_override_pattern",
@@ -127,8 +124,7 @@ def nemotron_h(f: Fields) -> Genome:
         "time_step_rank",
         "rms_norm_eps",
         "norm_eps",
-    ):
-        f.get(name)
+    )
     without_rope(f)
     mixers: dict[str, Slot] = {}
     slots: list[Slot] = []
@@ -181,7 +177,6 @@ def _nemotron_slot(f: Fields, kind: str) -> Slot:
 
 def _nemotron_experts(f: Fields, act: str, bias: bool) -> Slot:
     f.never("mlp_bias", why="experts have no biases")
-    f.get("n_shared_experts")
     inner, always_on = "moe_intermediate_size", "moe_shared_expert_intermediate_size"
     experts = sigmoid_experts(f, activation=act, gated=False)
     dense = op("relu2", activation=act, expansion=expansion(f, always_on), bias=bias)

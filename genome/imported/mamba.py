@@ -94,7 +94,7 @@ def dt_rank(f: Fields, name: str) -> int:
 def mamba2_model(f: Fields) -> Genome:
     """`Mamba2Config`."""
     _common(f)
-    f.get("time_step_rank")
+    f.known("time_step_rank")
     layer = mamba2(
         f,
         inner=int(f.number("expand") * f.whole("hidden_size")),
@@ -112,8 +112,7 @@ def _common(f: Fields) -> None:
     f.never("use_bias", why="Mamba's projections have no biases in a genome")
     f.always("use_conv_bias", why="a genome's Mamba has a bias on the convolution")
     f.neutral("hidden_act", "silu", what="the activation after the convolution")
-    for name in STARTS:
-        f.get(name)
+    f.known(*STARTS)
 
 
 def authors(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -125,8 +124,7 @@ def authors(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     f.never("d_intermediate", why="only stacks of Mamba layers without MLPs are read")
     f.never("attn_layer_idx", why="only stacks of Mamba layers without attention are read")
     f.always("rms_norm", why="only RMSNorm is read")
-    for name in ("attn_cfg", "fused_add_norm"):
-        f.get(name)
+    f.known("attn_cfg", "fused_add_norm")
     ssm = f.get("ssm_cfg")
     if not isinstance(ssm, Mapping):
         raise ConfigurationError(f"ssm_cfg is a mapping, not {shown(ssm)}")

@@ -207,8 +207,7 @@ def _unlimited(limit: object) -> bool:
 
 def without_rope(f: Fields) -> None:
     """Without positions nothing reads the fields of RoPE, which files have all the same."""
-    for name in ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"):
-        f.get(name)
+    f.known("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 
 
 def layer_count(f: Fields, layers: list[str] | None, name: str = "layer_types") -> int:

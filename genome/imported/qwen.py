@@ -185,7 +185,6 @@ def _with_experts(f: Fields, mixers: list[Op], experts: Op) -> list[Slot]:
     """A channel mixer after each mixer: experts, or a dense MLP where Qwen's two fields say so."""
     step = f.whole("decoder_sparse_step")
     plain = f.list_of("mlp_only_layers", int, "layers' numbers") or []
-    f.get("intermediate_size")
     slots: list[Slot] = []
     for i, mixer in enumerate(mixers):
         dense = i in plain or (i + 1) % step
@@ -203,7 +202,7 @@ def gpt_oss(f: Fields) -> Genome:
     count = layer_count(f, layers)
     layers = layers or ["full" if i % 2 else "sliding" for i in range(count)]
     genes: dict[str, Gene] = {"sink_logits": True, "bias": f.flag("attention_bias"), **rope(f)}
-    f.get("initial_context_length")
+    f.known("initial_context_length")
     experts = op(
         "gpt-oss-moe",
         experts=f.whole("num_local_experts"),

@@ -113,8 +113,7 @@ def xlstm(f: Fields) -> Genome:
     f.always("add_out_norm", why="a genome has a norm before the head")
     if f.get("output_logit_soft_cap"):
         f.note(f"a cap on logits (output_logit_soft_cap={f.number('output_logit_soft_cap'):g})")
-    for name in RUNNING:
-        f.get(name)
+    f.known(*RUNNING)
     width = f.whole("hidden_size")
     for name, same in (("embedding_dim", "hidden_size"), ("num_blocks", "num_hidden_layers")):
         if f.get(name) not in (None, f.whole(same)):

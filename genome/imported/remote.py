@@ -75,8 +75,7 @@ RUNNING = (
 
 
 def _common(f: Fields) -> None:
-    for name in RUNNING:
-        f.get(name)
+    f.known(*RUNNING)
     f.never("attnres_block_size")
 
 
