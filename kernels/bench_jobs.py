@@ -67,22 +67,28 @@ def as_backend(name: str) -> Backend:
 
 
 def jobs(device: str) -> Iterator[Job]:
-    """All jobs, the most important first: the main shape in the device's first dtype with peers,
-    decoding, longer shapes, then the main shape in other dtypes."""
+    """All jobs, the most important first.
+
+    The main shape in the device's first dtype, with the peers that need no compiler; decoding;
+    longer shapes; what torch compiles, for long, before a time; the main shape in other dtypes.
+    """
     sizes, main = SIZES[device], MAIN[device]
     first, *others = DTYPES[device]
     own: Backend = "triton" if device == "cuda" else "chunked"
+    compiled = []
 
     def case(op: str, form: str | None, shape: tuple[int, ...], dtype: torch.dtype) -> Case:
         return Case(op, form, shape[0], shape[1], shape[2], shape[3], dtype, sizes.get(op, 0))
 
-    for op, form in FORMS:
+    for op, form in (*FORMS, ("attention", None)):
         at = case(op, form, main, first)
-        yield from (Job(at, b) for b in _backends(op, form, device))
-        yield from (Job(at, p.name, peer=True) for p in peers(at, device))
-    for shape in (main, *LONGER[device]):
-        at = case("attention", None, shape, first)
-        yield from (Job(at, p.name, peer=True) for p in peers(at, device))
+        if op != "attention":
+            yield from (Job(at, b) for b in _backends(op, form, device))
+        for peer in peers(at, device):
+            if peer.compiles:
+                compiled.append(Job(at, peer.name, peer=True))
+            else:
+                yield Job(at, peer.name, peer=True)
     for op, form in FORMS:
         if op not in STATELESS:
             for batch in DECODED[device]:
@@ -92,6 +98,9 @@ def jobs(device: str) -> Iterator[Job]:
         for op, form in FORMS:
             if own in _backends(op, form, device):
                 yield Job(case(op, form, shape, first), own)
+        at = case("attention", None, shape, first)
+        yield from (Job(at, p.name, peer=True) for p in peers(at, device) if not p.compiles)
+    yield from compiled
     for dtype in others:
         for op, form in FORMS:
             yield from (Job(case(op, form, main, dtype), b) for b in _backends(op, form, device))

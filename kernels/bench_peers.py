@@ -26,6 +26,8 @@ class Peer:
 
     name: str
     make: Callable[[], Call]
+    compiles: bool = False
+    """torch compiles it first, for tens of seconds."""
 
 
 def _sdpa(backend: SDPBackend) -> Call:
@@ -182,12 +184,12 @@ def peers(case: Case, device: str) -> Iterator[Peer]:
             if device == "cuda" or name in ("sdpa flash", "sdpa math"):
                 yield Peer(name, lambda backend=backend: _sdpa(backend))  # type: ignore[misc]
         if device == "cuda":
-            yield Peer("FlexAttention", _flex)
+            yield Peer("FlexAttention", _flex, compiles=True)
         return
     if case.op == "linear_cross_entropy":
         yield Peer("torch, all logits", lambda: _torch_loss)
     if device == "cuda":
-        yield Peer("torch.compile", lambda: _compiled(case))
+        yield Peer("torch.compile", lambda: _compiled(case), compiles=True)
     key = (case.op, case.form)
     if device == "cuda" and key in FLA and find_spec("fla") is not None:
         name, make = FLA[key]

@@ -95,6 +95,12 @@ def test_pins_nest_and_end() -> None:
     assert launched() == default
 
 
+def test_a_clock_times_no_launch_and_keeps_what_is_off() -> None:
+    for mode, inside in (("on", "stored"), ("stored", "stored"), ("off", "off")):
+        with use_tuning(mode), autotune.untimed_launches():  # type: ignore[arg-type]
+            assert autotune._now().mode == inside
+
+
 def test_pins_by_the_environment() -> None:
     assert read_pins("step=16/4/1, matrix_state.states=64x32/4/2") == {
         "step": Config((16,), 4, 1),

@@ -13,6 +13,10 @@ import pytest
 import torch
 
 CASES = Path(__file__).with_name("gpu_cases.py")
+ABSENT = {
+    *("pytest", "jaxtyping", "beartype", "optuna", "ray", "yaml", "moocore"),
+    *("plotly", "dash", "pydantic", "typer", "rich", "safetensors", "psutil", "sqlalchemy"),
+}
 SESSION = Path(__file__).parent.parent / "benchmarks" / "gpu_session.sh"
 
 
@@ -62,7 +66,7 @@ def test_the_runner_without_pytest(tmp_path: Path) -> None:
     )
     rows = json.loads(out.read_text())
     assert ran.returncode == 1, ran.stderr
-    assert [row["case"] for row in rows] == list(gpu_cases.cases("cpu"))
+    assert {row["case"] for row in rows} == set(gpu_cases.cases("cpu"))
     assert "not done in time" in {row["wrong"] for row in rows}
     row = gpu_cases.run("small short_conv None float32 16", "cpu")
     assert row["wrong"] is None
@@ -81,3 +85,24 @@ def test_the_session_says_what_it_lacks() -> None:
     )
     assert ran.returncode == 2
     assert ran.stderr.strip() == "gpu_session: torch sees no CUDA device here"
+
+
+def test_a_bare_machine_needs_torch_and_triton_alone() -> None:
+    """With every package out of reach that the project has and torch has not."""
+    code = f"""
+import sys
+absent = {sorted(ABSENT)!r}
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in absent:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+sys.path.insert(0, {str(CASES.parent)!r})
+import gpu_cases
+from mendel.kernels import bench
+gpu_cases.cases("cuda")
+assert gpu_cases.run("real matrix_state scalar float32", "cpu")["wrong"] is None
+sys.argv = ["bench", "--op", "short_conv", "--minutes", "0"]
+bench.main()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=200)
