@@ -59,15 +59,16 @@ def import_(
     """
     check_dtype(dtype)
     found = imported.load(model)
+    source = model.resolve().name
     files: dict[Path, str] = {}
     if out is not None:
         check_new(out, SUFFIXES)
-        files[out] = _file(model, out, found)
+        files[out] = _file(source, out, found)
     if study is not None:
         check_new(study, STUDY_SUFFIXES)
         if study in files:
             raise Mistake(f"--out and --study both name {study}")
-        files[study] = study_around(found.genome, found.family, model.name, study)
+        files[study] = study_around(found.genome, found.family, source, study)
     at = counting(None, context, dtype)
     counted = cost(found.genome, at.context, DTYPES[at.dtype])
     for path, text in files.items():
@@ -105,12 +106,12 @@ def check_new(path: Path, suffixes: tuple[str, ...]) -> None:
         raise Mistake(f"{path.parent} is no folder")
 
 
-def _file(model: Path, out: Path, found: Imported) -> str:
+def _file(source: str, out: Path, found: Imported) -> str:
     """The genome's file: in YAML with what it is and what it has not in comments."""
     data: dict[str, Any] = to_dict(found.genome)
     if out.suffix == ".json":
         return json.dumps(data, indent=2) + "\n"
-    head = [f"A {found.family} model, read from {model.name}."]
+    head = [f"A {found.family} model, read from {source}."]
     head += [f"Not in the genome: {sentence}." for sentence in found.differs]
     comments = "".join(f"# {' '.join(line.split())}\n" for line in head)
     return comments + yaml.safe_dump(data, sort_keys=False)

@@ -155,6 +155,9 @@ def deepseek_v3(f: Fields) -> Genome:
 
 def sigmoid_experts(f: Fields, point: str = "moe", **genes: Gene) -> Op:
     """Experts by DeepSeek-V3's router; shared experts and activation are the caller's."""
+    groups = f.whole("n_group")
+    if groups > 1:
+        genes["group_score"] = "top2"
     return op(
         point,
         experts=f.whole("n_routed_experts"),
@@ -163,9 +166,8 @@ def sigmoid_experts(f: Fields, point: str = "moe", **genes: Gene) -> Op:
         score="sigmoid",
         renormalise=f.flag("norm_topk_prob"),
         scale=f.number("routed_scaling_factor"),
-        groups=f.whole("n_group"),
+        groups=groups,
         top_groups=f.whole("topk_group"),
-        group_score="top2",
         **genes,
     )
 
