@@ -265,6 +265,16 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "report of nothing": (["report", "none"], ["none"]),
     "export without out": (["export", "mamba2"], ["--out"]),
     "export format": (["export", "mamba2", "--out", "x", "--format", "onnx"], ["onnx", "genome"]),
+    "export seed": (
+        ["export", "mamba2", "--out", "x", "--format", "hf", "--seed", "1"],
+        ["--seed", "mamba2"],
+    ),
+    "export of what reads ahead": (
+        ["export", "bilstm", "--out", "x", "--format", "hf"],
+        ["--format hf", "bilstm reads later tokens"],
+    ),
+    "export of another preset": (["export", "mambo", "--out", "x"], ["mambo", "mamba2"]),
+    "verify nothing": (["verify", "x"], ["x is no folder"]),
     "train task": (["train", "mamba2", "--proxy", "rec", "--out", "x"], ["rec", "byte-text"]),
     "train seeds": (
         ["train", "mamba2", "--proxy", "byte-text", "--out", "x", "--seeds", "0,a"],

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from exported import load, trained
+from small_study import write
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mendel.genome.build import build
 from mendel.genome.notation import parse
+from mendel.search.driver import search
 from mendel.search.exports.folder import export
 from mendel.search.exports.order import Order
 from mendel.search.exports.weights import find
@@ -216,6 +218,7 @@ FORMS = {
     "ngpt": "{width=16, residual=ngpt} mha(heads=2) > swiglu",
     "reversible": "{width=16, residual=reversible} mamba2(key_dim=8) > moe(experts=4)",
     "windows": "{width=16, placement=post} swa(heads=2, window=4) > rg-lru > mqa(heads=2)",
+    "some tokens": "{width=16} [mha(heads=2) | s4d](join=top1, tokens=0.5) > [swiglu](tokens=0.3)",
     "latent": "{width=16, norm=none} mla(heads=2) > gated-deltanet(heads=2) > kan",
     "long": "{width=16} hyena(length=64) > s4d > rwkv7(heads=2) > mega",
     "choice": "{width=16} routing-attention(heads=2, window=8) > lstm > ttt-linear(heads=2)",
@@ -306,6 +309,28 @@ def test_another_seed_is_asked_for(training: Path, tmp_path: Path) -> None:
     source = find_genome(str(training))
     out = export(Order(source, seed=1), tmp_path / "one", "hf")
     assert json.loads((out / "provenance.json").read_text())["weights"]["seed"] == 1
+
+
+def test_a_trial_s_weights_by_proxy(tmp_path: Path) -> None:
+    recall = {"task": "in-context-recall", "steps": 4, "batch": 4, "length": 16}
+    recall |= {"train_examples": 32, "test_examples": 16}
+    study = write(tmp_path, proxies__recall=recall, search__trials=1, baselines=["mamba2"])
+    run = search(study)
+    source = find_genome(f"{run.folder}:0")
+    text = export(Order(source), tmp_path / "text", "hf")
+    facts = json.loads((text / "provenance.json").read_text())
+    assert facts["weights"]["of"] == "text"
+    assert facts["weights"]["vocab"] == 256
+    assert facts["run"]["proxies"]["text"]["corpus_fingerprint"]["sha256"]
+    assert "device" in facts["run"]
+    other = export(Order(source, proxy="recall"), tmp_path / "recall", "hf")
+    facts = json.loads((other / "provenance.json").read_text())
+    assert (facts["weights"]["of"], facts["weights"]["vocab"]) == ("recall", 16)
+    assert load(other).config.vocab_size == 16
+    with pytest.raises(Mistake, match="keeps no weights of speed; there are those of recall, text"):
+        export(Order(source, proxy="speed"), tmp_path / "speed", "hf")
+    with pytest.raises(Mistake, match="--proxy and --seed choose weights: for --format hf"):
+        export(Order(source, proxy="text"), tmp_path / "speed")
 
 
 def test_a_task_without_text_has_no_tokenizer(tmp_path: Path) -> None:

@@ -6,6 +6,9 @@ folder     scratch folder, writer, hashes, reading back, the final place
 facts      costs, scores and provenance as JSON
 card       README.md
 genome     the format `genome`
+hf         the format `hf`: bundle (its code), weights, tokenizer; modeling_mendel,
+           configuration_mendel and mendel_parts are the code's own files
+proof      hashes; verify and verify_model read them and run the checks
 fla        a genome as a model of flash-linear-attention
 flame      the format `flame`
 """

@@ -117,11 +117,20 @@ def _imports(name: str, tree: ast.Module) -> list[tuple[ast.ImportFrom, str]]:
 
 
 def _kernels(name: str, tree: ast.Module) -> set[str]:
-    """The operators whose Triton modules are asked for by name: `kernels("matrix_state")`."""
+    """The operators whose Triton modules are asked for: `kernels("matrix_state")`, `kernels(OP)`."""
+    constants = {
+        target.id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "kernels":
             first = node.args[0] if node.args else None
+            if isinstance(first, ast.Name):
+                first = constants.get(first.id)
             if not (isinstance(first, ast.Constant) and isinstance(first.value, str)):
                 raise BundleError(f"{name}, line {node.lineno}: kernels() without a name")
             found.add(first.value)

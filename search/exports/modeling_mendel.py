@@ -346,7 +346,6 @@ def _rows_of(state: ModelState, rows: list[int]) -> ModelState:
             if isinstance(part, RowStates):
                 part.rows = [part.rows[row].clone() for row in rows]
                 continue
-            part.tensors = {
-                k: t[torch.tensor(rows, device=t.device)] for k, t in part.tensors.items()
-            }
+            for name, tensor in part.tensors.items():
+                part.tensors[name] = tensor[torch.tensor(rows, device=tensor.device)]
     return new
