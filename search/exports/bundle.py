@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeGuard
 
 PROJECT = "mendel"
 TEMPLATES = "search.exports."
@@ -96,7 +97,7 @@ def flatten(name: str) -> Flat:
             new = f"from . import {flat} as {own}"
             lines[node.lineno - 1] = re.sub(r"from\s+\.+\s+import\s+.*", new, line, count=1)
     needs += [f"kernels.triton_{op}" for op in sorted(_kernels(name, tree))]
-    return Flat(_guarded("".join(lines)), tuple(needs))
+    return Flat(_guarded(lines, tree), tuple(needs))
 
 
 def _imports(name: str, tree: ast.Module) -> list[tuple[ast.ImportFrom, str]]:
@@ -117,7 +118,7 @@ def _imports(name: str, tree: ast.Module) -> list[tuple[ast.ImportFrom, str]]:
 
 
 def _kernels(name: str, tree: ast.Module) -> set[str]:
-    """The operators whose Triton modules are asked for: `kernels("matrix_state")`, `kernels(OP)`."""
+    """The operators whose Triton modules are asked for, as `kernels("matrix_state")` or by a name."""
     constants = {
         target.id: node.value
         for node in tree.body
@@ -137,15 +138,28 @@ def _kernels(name: str, tree: ast.Module) -> set[str]:
     return found
 
 
-def _guarded(text: str) -> str:
-    """Top-level imports of Triton, set into a `try`."""
-    block = re.compile(rf"^(?:import {OPTIONAL}\S*(?: as \w+)?\n)+", flags=re.MULTILINE)
+def _guarded(lines: list[str], tree: ast.Module) -> str:
+    """The text, with every import of Triton set into a `try`."""
+    found = [node for node in ast.walk(tree) if _imports_optional(node)]
+    for node in sorted(found, key=lambda node: -node.lineno):
+        own = slice(node.lineno - 1, node.end_lineno)
+        edge = " " * node.col_offset
+        inside = [f"    {line}" for line in lines[own]]
+        lines[own] = [
+            f"{edge}try:\n",
+            *inside,
+            f"{edge}except ImportError:\n",
+            f"{edge}    raise\n",
+        ]
+    return "".join(lines)
 
-    def guard(match: re.Match[str]) -> str:
-        inside = "".join(f"    {line}\n" for line in match[0].splitlines())
-        return f"try:\n{inside}except ImportError:\n    raise\n"
 
-    return block.sub(guard, text)
+def _imports_optional(node: ast.AST) -> TypeGuard[ast.stmt]:
+    if isinstance(node, ast.ImportFrom):
+        names = [node.module or ""] if node.level == 0 else []
+    else:
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+    return any(name.partition(".")[0] == OPTIONAL for name in names)
 
 
 def _parts(classes: Mapping[str, type], files: Iterable[str]) -> str:

@@ -82,7 +82,8 @@ PADDING = (
 TRAINING = (
     "In training mode the loss includes what operators add to it. Call `model.after_step()` after "
     "each step of the optimiser: experts adjust their balance and nGPT's weights return to the "
-    "sphere; other models do nothing there."
+    "sphere; other models do nothing there. Train on rows without padding where slots choose among "
+    "a row's tokens (`tokens=`): in training they choose among all of its columns."
 )
 
 
