@@ -118,7 +118,7 @@ def _imports(name: str, tree: ast.Module) -> list[tuple[ast.ImportFrom, str]]:
 
 
 def _kernels(name: str, tree: ast.Module) -> set[str]:
-    """The operators whose Triton modules are asked for, as `kernels("matrix_state")` or by a name."""
+    """The operators whose Triton modules are asked for: `kernels("...")`, or by a constant."""
     constants = {
         target.id: node.value
         for node in tree.body
