@@ -102,6 +102,7 @@ class LanguageModel(nn.Module):
             x = self._reversible(x, state, tokens)
         else:
             lent: dict[str, Any] = {TOKENS: [tokens]}
+            losses = []
             for i, block in enumerate(self.blocks):
                 assert isinstance(block, SlotBlock)
                 y, factor, chosen = self._slot(i, block, x, state, lent)
@@ -109,6 +110,8 @@ class LanguageModel(nn.Module):
                     x = block.residual(x, y, factor)
                 else:
                     x = chosen.put(x, block.residual(chosen.of(x), y, factor))
+                losses.append(self._slot_loss(i))
+            self._loss = _sum(losses)
         normed: Tensor = self.final_norm(x)
         if state is not None:
             state.length += tokens.shape[1]
@@ -219,10 +222,7 @@ class LanguageModel(nn.Module):
             if chosen is not None:
                 entered[i] = chosen.index
                 y = chosen.put(torch.zeros_like(stream, dtype=y.dtype), y)
-            # A module that stands in several slots says in the last what it adds to the loss.
-            later = {index for indices in self.plan[i + 1 :] for index in indices}
-            own = [self.operators[k] for k in dict.fromkeys(self.plan[i]) if k not in later]
-            return y, _auxiliary_loss([*own, block]) if state is None else None
+            return y, self._slot_loss(i) if state is None else None
 
         start = x.to(torch.promote_types(dtype, torch.float32))
         if state is None and torch.is_grad_enabled():
@@ -328,11 +328,19 @@ class LanguageModel(nn.Module):
         return found
 
     def auxiliary_loss(self) -> Tensor | None:
-        """What operators add to the loss of the last training call; None for nothing."""
-        if self.genome.residual == "reversible":
-            # An operator's own tensors have no graph there: its call is made again backwards.
-            return self._loss
-        return _auxiliary_loss([*self.operators, *self.blocks])
+        """What operators and routers add to the loss of the last training call, once; None for
+        nothing."""
+        loss, self._loss = self._loss, None
+        return loss
+
+    def _slot_loss(self, i: int) -> Tensor | None:
+        """What a slot adds to the loss, after its call: a module that stands in several slots is
+        asked after each."""
+        if not self.training:
+            return None
+        own = [self.operators[index] for index in dict.fromkeys(self.plan[i])]
+        asked = [getattr(part, "auxiliary_loss", None) for part in (*own, self.blocks[i])]
+        return _sum([ask() for ask in asked if ask is not None])
 
     def statistics(self) -> dict[str, Any]:
         """What routers and operators report of themselves, such as the load of experts, by slot or
@@ -350,10 +358,9 @@ class LanguageModel(nn.Module):
         return {place: report for place, report in reports.items() if report}
 
 
-def _auxiliary_loss(operators: Iterable[nn.Module]) -> Tensor | None:
-    asked = [getattr(operator, "auxiliary_loss", None) for operator in operators]
-    losses = [loss for ask in asked if ask is not None and (loss := ask()) is not None]
-    return torch.stack(losses).sum() if losses else None
+def _sum(losses: Iterable[Tensor | None]) -> Tensor | None:
+    there = [loss for loss in losses if loss is not None]
+    return torch.stack(there).sum() if there else None
 
 
 def _borrowers(genome: Genome) -> dict[tuple[int, int], str]:

@@ -365,3 +365,33 @@ def test_experts_shared_across_layers_count_once_and_report_once() -> None:
     moved = zip(before, thrice.operators.parameters(), strict=True)
     assert all(not torch.equal(a, b) for a, b in moved)
     assert difference(long, 1) <= TOLERANCE
+
+
+@pytest.mark.parametrize("residual", ["plain", "reversible"])
+def test_a_mixture_in_several_slots_adds_the_loss_of_each(residual: str) -> None:
+    """The losses and gradients of mixtures of their own with equal weights."""
+    text = "{{residual={}, width=32}} {} > mha > {} > swiglu"
+    moe = "moe({}experts=4, balance=none, aux=batch)"
+    one, two = moe.format("weights=@a, "), moe.format("")
+    torch.manual_seed(0)
+    shared = build(parse(text.format(residual, one, one)), 40).double()
+    apart = build(parse(text.format(residual, two, two)), 40).double()
+    with torch.no_grad():
+        names = {"operators.2.": "operators.0.", "operators.3.": "operators.2."}
+        for name, parameter in apart.named_parameters():
+            where = next((new for old, new in names.items() if name.startswith(old)), None)
+            name = (
+                name if where is None else where + name.removeprefix("operators.").split(".", 1)[1]
+            )
+            parameter.copy_(shared.get_parameter(name))
+    losses = []
+    for model in (shared, apart):
+        model(tokens())
+        loss = model.auxiliary_loss()
+        assert loss is not None
+        assert model.auxiliary_loss() is None
+        loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach())
+    torch.testing.assert_close(losses[0], losses[1])
+    both = apart.operators[0].router.weight.grad + apart.operators[2].router.weight.grad
+    torch.testing.assert_close(shared.operators[0].router.weight.grad, both)
