@@ -1,6 +1,8 @@
 """The dashboard's server from outside: what it refuses, what it never reads, what it says."""
 
+import io
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from mendel.search.dashboard.app import make_app
 from mendel.search.dashboard.guard import is_loopback
 from mendel.search.dashboard.serve import Dashboard
 from mendel.search.dashboard.watch import Watch, inside
+from mendel.search.exports.formats import FORMATS
 from mendel.search.run import open_run
 from mendel.search.store import RunStore, locked
 
@@ -131,6 +134,21 @@ def test_other_sites_and_writing_methods_are_refused(client: FlaskClient) -> Non
     assert client.get("/", headers={"Origin": "http://evil.example"}).status_code == 403
     for method in ("PUT", "DELETE", "PATCH"):
         assert client.open("/", method=method).status_code == 405
+
+
+def test_every_format_is_a_download_or_says_why_not(client: FlaskClient) -> None:
+    for name in FORMATS:
+        answer = client.get(f"/export?run=made&trial=1&format={name}")
+        assert (answer.status_code, answer.mimetype) in (
+            (200, "application/zip"),
+            (404, "text/plain"),
+        )
+        if answer.status_code == 200:
+            files = zipfile.ZipFile(io.BytesIO(answer.data)).namelist()
+            assert any(f.endswith("provenance.json") for f in files)
+    model = client.get("/export?run=made&trial=1&format=hf")
+    names = zipfile.ZipFile(io.BytesIO(model.data)).namelist()
+    assert any(n.endswith("modeling_mendel.py") for n in names)
 
 
 def test_beyond_the_loopback_a_token_is_needed(place: Path) -> None:
