@@ -3,7 +3,8 @@
 A fresh model is built from the genome and nothing of the search is around it. Times are taken after
 warm-up, as the median of repeats with the 10th and 90th percentiles, by CUDA events on a GPU and
 the performance counter elsewhere. Weights are random: no time here depends on their values, apart
-from the routing of experts.
+from the routing of experts. Slots that some tokens pass by let their share through, evenly: whether
+a random router's logit is above 0 would decide by lot what such a slot costs.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ..genome.build import build
 from ..genome.genome import Genome
 from ..genome.model import LanguageModel
 from ..genome.resolve import is_causal
+from ..genome.routing import Depth
 from ..kernels.autotune import untimed_launches
 from ..kernels.backend import used_backends
 from ..primitives.base import DTYPES
@@ -37,6 +39,8 @@ ENOUGH_SECONDS = 2.0
 """Repeats end at the least number where they have taken so long."""
 SAMPLE_SECONDS = 0.002
 """How often the resident set is looked at."""
+ROUND = 10
+"""Tokens that a time in decoding is the mean of, where a slot is left out for some of them."""
 
 
 def measure(
@@ -79,6 +83,39 @@ def _stand_alone(genome: Genome, dtype: str, device: torch.device) -> LanguageMo
     return build(genome).to(device=device, dtype=DTYPES[dtype])
 
 
+def _reader(genome: Genome, settings: LatencySettings, device: torch.device) -> LanguageModel:
+    """The model of a latency, in whose slots as many tokens enter as their share says."""
+    model = _stand_alone(genome, settings.dtype, device).eval()
+    for part in model.modules():
+        if isinstance(part, Depth):
+            part.logits = _Evenly(part, settings.batch, device)  # type: ignore[method-assign]
+    return model
+
+
+class _Evenly:
+    """A router's logits with the signs that let its share of the tokens in: in a row as evenly as
+    can be, and of one column's tokens as evenly over the rows."""
+
+    def __init__(self, router: Depth, batch: int, device: torch.device) -> None:
+        self.plain, self.share = router.logits, router.tokens
+        self.signs = torch.empty(batch, 0, 1, device=device)
+        self.seen = 0
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        began = self.seen
+        self.seen += x.shape[1]
+        if self.seen > self.signs.shape[1]:
+            # Of many tokens at once, so that few of the timed calls make any.
+            self.signs = self._signs(2 * self.seen)
+        return self.plain(x).abs() * self.signs[:, began : self.seen]
+
+    def _signs(self, columns: int) -> torch.Tensor:
+        batch, device = self.signs.shape[0], self.signs.device
+        place = torch.arange(batch)[:, None] + torch.arange(columns + 1)
+        whole = (place.double() * self.share + 1e-9).floor()
+        return torch.where(whole.diff(dim=1) > 0, 1.0, -1.0).unsqueeze(-1).to(device)
+
+
 def _tokens(genome: Genome, batch: int, length: int, device: torch.device) -> torch.Tensor:
     return torch.randint(genome.vocab, (batch, length), device=device)
 
@@ -87,7 +124,7 @@ def _prefill(
     genome: Genome, settings: LatencySettings, device: torch.device, deadline: float | None
 ) -> tuple[list[float], list[float]]:
     """Seconds of the repeats, and of each slot."""
-    model = _stand_alone(genome, settings.dtype, device).eval()
+    model = _reader(genome, settings, device)
     tokens = _tokens(genome, settings.batch, settings.context, device)
     state = None
     causal = is_causal(genome)
@@ -110,21 +147,26 @@ def _prefill(
 def _decode(
     genome: Genome, settings: LatencySettings, device: torch.device, deadline: float | None
 ) -> tuple[list[float], list[float]]:
-    """One token after another; the context grows by one per repeat. As `_prefill`."""
-    model = _stand_alone(genome, settings.dtype, device).eval()
+    """One token after another, which the context grows by. As `_prefill`."""
+    model = _reader(genome, settings, device)
     tokens = _tokens(genome, settings.batch, settings.context, device)
     token = tokens[:, :1]
+    count = 1 if all(slot.tokens == 1 for slot in genome.slots) else ROUND
     with torch.inference_mode():
-        state = model.init_state(
-            settings.batch, settings.context + WARM_UP + MOST_REPEATS + REPEATS
-        )
+        room = count * (WARM_UP + MOST_REPEATS) + REPEATS
+        state = model.init_state(settings.batch, settings.context + room)
         _, state = model(tokens, state)
 
         def step() -> None:
             nonlocal state
             _, state = model(token, state)
 
-        return _repeat(step, device, deadline), slot_times(model, step, device)
+        def steps() -> None:
+            for _ in range(count):
+                step()
+
+        times = [seconds / count for seconds in _repeat(steps, device, deadline)]
+        return times, slot_times(model, step, device)
 
 
 def _training_step(
@@ -137,7 +179,8 @@ def _training_step(
     def step() -> None:
         logits, _ = model(tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
-        loss.backward()  # type: ignore[no-untyped-call]
+        extra = model.auxiliary_loss()
+        (loss if extra is None else loss + extra).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         model.after_step()
         optimizer.zero_grad(set_to_none=True)

@@ -10,11 +10,13 @@ import pytest
 import torch
 from rich.text import Text
 from small_study import story, write
+from torch import Tensor
 
 from mendel.genome.cost import cost
 from mendel.genome.genome import Genome
 from mendel.genome.notation import parse, show
 from mendel.genome.repair import repair
+from mendel.genome.routing import Chosen, Depth
 from mendel.genome.rules import space_violations, violations
 from mendel.genome.sample import PART_CHANCE, sample_valid
 from mendel.genome.space import Space
@@ -23,10 +25,13 @@ from mendel.genome.variation import mutate
 from mendel.proxies.recipe import TrainConfig
 from mendel.proxies.tasks import ProxyConfig, make_task
 from mendel.proxies.train import Training
+from mendel.search import measure as measure_module
 from mendel.search.draw import drawing
 from mendel.search.driver import search
 from mendel.search.effects import traits
 from mendel.search.loads import load_rows
+from mendel.search.measure import measure
+from mendel.search.objectives import OBJECTIVES, Goal, LatencySettings
 from mendel.search.outline import outline
 from mendel.search.picture import picture
 
@@ -201,3 +206,37 @@ def test_a_search_over_all_three_kinds_of_routing(tmp_path: Path) -> None:
     assert {"2 branches", "4 experts"} < parts
     assert any(part.endswith("% of the tokens") for part in parts)
     assert story(run.folder) == story(search(write(tmp_path / "b", **changes)).folder)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_latencies_let_the_share_in_whatever_a_random_router_says(
+    batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[float, list[tuple[int, int]]] = {}
+    choose = Depth.choose
+
+    def watched(depth: Depth, x: Tensor, whole: bool, earlier: Tensor | None = None) -> Chosen:
+        chosen = choose(depth, x, whole, earlier)
+        assert chosen.counts is not None
+        seen.setdefault(depth.tokens, []).append((x.shape[1], sum(chosen.counts)))
+        return chosen
+
+    monkeypatch.setattr(Depth, "choose", watched)
+    monkeypatch.setattr(measure_module, "ENOUGH_SECONDS", 0.0)
+    genome = parse("{width=16} [mha(heads=2)](tokens=0.3) > [swiglu](tokens=0.75)")
+    settings = LatencySettings(context=40, batch=batch)
+    goals = [
+        Goal(name, OBJECTIVES[name], settings) for name in ("latency_prefill", "latency_decode")
+    ]
+    for seed in range(2):
+        seen.clear()
+        found = measure(genome, goals, "cpu", seed, None)
+        assert all(len(one["slots"]) == 2 for one in found.values())
+        for share, calls in seen.items():
+            whole = [entered for length, entered in calls if length == 40]
+            assert len(whole) >= 10
+            assert all(abs(n - share * 40 * batch) < batch for n in whole)
+            alone = [entered for length, entered in calls if length == 1]
+            assert len(alone) > 100
+            assert sum(alone) == pytest.approx(share * batch * len(alone), abs=batch)
+            assert all(abs(n - share * batch) < 1 for n in alone), "the same at every step"
