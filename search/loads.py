@@ -17,8 +17,9 @@ _PLACE = re.compile(r"slot(\d+)(?:\.(\d+))?$")
 def load_rows(trial: TrialRecord) -> list[list[str]]:
     """One row per task and router; none where the trial has no router, or no rung.
 
-    Of a slot that some tokens pass by, the share that enters stands with the parts. Loads are
-    multiples of the mean, `dropped` is a share of the choices, the entropy of the
+    Of a slot that some tokens pass by, the share that its threshold lets in (as it does outside
+    training) stands with the parts, beside the share that the design names and training takes.
+    Loads are multiples of the mean, `dropped` is a share of the choices, the entropy of the
     router's scores is in nats. A cell is empty where an operator has no such number.
     """
     rows: list[list[str]] = []
@@ -33,7 +34,10 @@ def load_rows(trial: TrialRecord) -> list[list[str]]:
                 slot, branch = place.groups()
                 name = slot if branch in (None, "0") else f"{slot}, branch {branch}"
                 if "passed" in report:
-                    entered = f"{report['passed']:.1%} of the tokens"
+                    meant = trial.genome["slots"][int(slot)]["tokens"]
+                    entered = (
+                        f"lets in {report['passed']:.1%} of the tokens; {meant:.1%} in training"
+                    )
                     rows.append([name, task, entered, *[""] * len(NUMBERS)])
                 nouns = ("branches", "") if branch is None else ("experts", "heads")
                 rows += [[name, task, *cells] for cells in _cells(report, nouns)]
