@@ -33,7 +33,7 @@ CORE = ["genome.model", "genome.encoded"]
 
 def designs() -> dict[str, Genome]:
     found = {name: presets.load(name, 32) for name in presets.names()}
-    space = wide_space(16)
+    space = wide_space(32)
     rng = np.random.default_rng(11)
     return found | {f"sample {i}": sample_valid(space, rng) for i in range(SAMPLES)}
 
