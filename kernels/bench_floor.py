@@ -20,6 +20,10 @@ chunks of C = 64 (at most T):
 The backward passes: twice the FLOPs (delta rules, attention and the selective scan 2.5 times), and
 e N H (4 K + 3 V), 5 e N D, 8 e N D (complex scan), 3 e N D (convolution), 4 e N D (norm),
 2 e N D + e A D (loss) bytes. A step moves its state, in float32, in and out.
+
+The selective scan needs N D n exponentials too, and in the backward pass again, of which a
+multiprocessor of an NVIDIA GPU makes 16 per clock (CUDA programming guide, arithmetic
+instructions).
 """
 
 from __future__ import annotations
@@ -75,7 +79,11 @@ def floor(case: Case) -> dict[str, float]:
         moved, moved_again = 4.0 * e * N * D, 8.0 * e * N * D
     else:
         return _with_heads(case)
-    return _both(case, flops, again, moved, moved_again, state)
+    least = _both(case, flops, again, moved, moved_again, state)
+    if case.op == "selective_scan":
+        exponentials = float(N * D * case.size)
+        least |= {"forward_exps": exponentials, "both_exps": 2 * exponentials}
+    return least
 
 
 def _with_heads(case: Case) -> dict[str, float]:
@@ -111,17 +119,21 @@ def _both(
 
 
 def seconds(part: str, least: dict[str, float], ceilings: dict[str, float], dtype: str) -> float:
-    """The floor's time: bytes or operations, whichever takes longer at the ceilings."""
-    return max(
+    """The floor's time: bytes, operations or exponentials, whatever takes longest."""
+    found = max(
         least[part + "_bytes"] / ceilings["copy_bytes_per_s"],
         least[part + "_flops"] / ceilings[f"matmul_{dtype}_per_s"],
     )
+    if "exps_per_s" in ceilings:
+        found = max(found, least.get(part + "_exps", 0.0) / ceilings["exps_per_s"])
+    return found
 
 
 def measured_ceilings(device: str, dtypes: tuple[torch.dtype, ...]) -> dict[str, float]:
     """Bytes per second of a large copy, read and written, and operations of a large product.
 
-    float32 is multiplied with TF32 allowed, the most that a GPU does with float32 numbers.
+    float32 is multiplied with TF32 allowed, the most that a GPU does with float32 numbers. The
+    exponentials of a GPU are not measured, but 16 per clock and multiprocessor.
     """
     size = 2**30 if device == "cuda" else 2**26
     source = torch.ones(size, dtype=torch.uint8, device=device)
@@ -138,6 +150,10 @@ def measured_ceilings(device: str, dtypes: tuple[torch.dtype, ...]) -> dict[str,
             found[f"matmul_{str(dtype)[6:]}_per_s"] = 2 * side**3 / took
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
+    if device == "cuda":
+        about = torch.cuda.get_device_properties()
+        if hasattr(about, "clock_rate"):  # in kHz, the highest
+            found["exps_per_s"] = 16.0 * about.multi_processor_count * 1000 * about.clock_rate
     return found
 
 

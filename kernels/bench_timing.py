@@ -12,6 +12,10 @@ import torch
 from .autotune import untimed_launches
 
 REPEATS = 20
+CYCLES_PER_SECOND = 2e9
+"""More than the clock of a GPU has."""
+LONGEST_WAIT = 0.02
+"""Of a GPU for launches, in seconds."""
 MOST_SECONDS = {"cpu": 0.4, "cuda": 0.5}
 """Per time that is taken, at most, once there are three."""
 
@@ -21,11 +25,16 @@ def times(
 ) -> list[float]:
     """Sorted seconds of up to REPEATS calls; on a GPU with a cold cache, by events.
 
-    What is to be tuned is tuned in the warm-up, and never inside the clock.
+    What is to be tuned is tuned in the warm-up, and never inside the clock. Nor is Python: a GPU
+    waits before each call for as long as its launches took to be queued.
     """
     limit = MOST_SECONDS[device] if most_seconds is None else most_seconds
-    for _ in range(2):
-        work()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    wait = min(1.5 * (time.perf_counter() - began), LONGEST_WAIT)
     found: list[float] = []
     with untimed_launches():
         began = time.perf_counter()
@@ -37,9 +46,10 @@ def times(
                 work()
                 found.append(time.perf_counter() - start)
             else:
-                flush.zero_()
                 first = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
                 second = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+                flush.zero_()
+                torch.cuda._sleep(int(wait * CYCLES_PER_SECOND))  # type: ignore[no-untyped-call]
                 first.record()
                 work()
                 second.record()
@@ -52,6 +62,7 @@ def timed(work: Callable[[], object], device: str) -> dict[str, Any]:
     """Median, 10th and 90th percentile in milliseconds; on a GPU the bytes beyond those before."""
     peak: dict[str, int] = {}
     if device == "cuda":
+        work()  # what is tuned once needs more
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         work()

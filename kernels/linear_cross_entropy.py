@@ -73,8 +73,13 @@ def linear_cross_entropy(
         gradient: LogitGradient = logit_gradient
         if backend == "triton":
             gradient = kernels("linear_cross_entropy", "logit_gradient")  # type: ignore[assignment]
+        weight = weight.to(dtype)
+        if not torch.is_grad_enabled():
+            # A function is told what requires gradients, not whether they are taken: of three
+            # products two would be for nothing.
+            rows, weight = rows.detach(), weight.detach()
         mean: Tensor = _Loss.apply(  # type: ignore[no-untyped-call]
-            rows, weight.to(dtype), flat, ignore, z_weight, gradient
+            rows, weight, flat, ignore, z_weight, gradient
         )
         return mean
 

@@ -50,6 +50,9 @@ def selective_scan(
     check_device(OP, x)
     common_dtype(OP, x, dt, a, b, c)
     check_width(OP, N=a.shape[1])
+    if not torch.is_grad_enabled():
+        # Else the states of chunks would be kept for a parameter that requires gradients.
+        x, dt, a, b, c = (t.detach() for t in (x, dt, a, b, c))
     y, last = _Scan.apply(  # type: ignore[no-untyped-call]
         *(t.contiguous() for t in (x, dt, a, b, c)),
         None if state is None else state.float().contiguous(),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from mendel.kernels.backend import current
 from mendel.kernels.bench import line, main, measure
 from mendel.kernels.bench_cases import FORMS, STATELESS, TOLERANCE, Case, check
 from mendel.kernels.bench_floor import floor
-from mendel.kernels.bench_jobs import Job, OutOfTime, check_job, jobs
+from mendel.kernels.bench_jobs import Job, check_job, jobs
 from mendel.kernels.bench_peers import peers
 from mendel.kernels.bench_table import RESULTS, page
 from mendel.kernels.matrix_state import matrix_state
@@ -191,8 +193,70 @@ def test_ends_in_time_and_names_what_it_left(
     assert record["rows"] == []
     assert [row["tokens"] for row in record["skipped"]] == [20, 20, 40]
     assert "out of time: 3 left" in capsys.readouterr().err
-    assert issubclass(OutOfTime, Exception)
     assert "Left out for want of time: 3 of 3 rows" in page(tmp_path)
+
+
+@pytest.mark.usefixtures("_few")
+def test_ends_in_time_where_a_library_takes_the_signal_for_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def catches(error: type[BaseException]) -> list[str]:
+        met = []
+
+        def stubborn(*_: object) -> object:
+            met.append("job")
+            try:
+                time.sleep(5)
+            except error:
+                met.append("caught")
+            time.sleep(5)
+            raise AssertionError("it was not stopped")
+
+        monkeypatch.setattr(bench, "measure", stubborn)
+        monkeypatch.setattr(sys, "argv", ["bench", "--op", "rms_norm", "--minutes", "0.005"])
+        main()
+        assert "out of time: 3 left" in capsys.readouterr().err
+        return met
+
+    assert catches(Exception) == ["job"]
+    assert catches(BaseException) == ["job", "caught"]
+
+
+def test_no_cast_of_the_gradients_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come in float32, and an output may be in bfloat16."""
+    casts = []
+
+    class Casts(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            casts.extend(["cast"] if "_to_copy" in str(func) else [])
+            return func(*args, **(kwargs or {}))
+
+    def plain(x: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+        return x * weight, x + residual
+
+    def clock(work: Callable[[], object], device: str) -> dict[str, Any]:
+        with Casts():
+            work()
+        return {"median_ms": 1.0, "low_ms": 1.0, "high_ms": 1.0, "repeats": 1}
+
+    monkeypatch.setattr(bench, "timed", clock)
+    monkeypatch.setitem(bench_cases.FUNCTIONS, "rms_norm", plain)
+    case = Case("rms_norm", None, 1, 20, 2, 8, torch.bfloat16)
+    ceilings = {"copy_bytes_per_s": 1e9, "matmul_bfloat16_per_s": 1e9}
+    row = measure(Job(case, "chunked"), {"errors": {"out": 0.0}}, "cpu", ceilings)
+    assert "both" in row, row
+    assert casts == []
+
+
+def test_the_selective_scan_waits_for_its_exponentials() -> None:
+    """N D n of them forward, 16 per clock and multiprocessor of a GPU."""
+    least = floor(Case("selective_scan", None, 1, 100, 2, 8, torch.bfloat16, 4))
+    assert (least["forward_exps"], least["both_exps"]) == (100 * 16 * 4, 2 * 100 * 16 * 4)
+    ceilings = {"copy_bytes_per_s": 1e30, "matmul_bfloat16_per_s": 1e30, "exps_per_s": 16e9}
+    assert bench_floor.seconds("forward", least, ceilings, "bfloat16") == 100 * 16 * 4 / 16e9
+    assert bench_floor.seconds("forward", least, CEILINGS, "float32") > 0
 
 
 @pytest.mark.usefixtures("_few")

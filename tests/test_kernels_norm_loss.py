@@ -139,6 +139,26 @@ def test_linear_cross_entropy_needs_no_gradient() -> None:
     torch.testing.assert_close(tied.grad, right.grad)
 
 
+def test_linear_cross_entropy_without_gradients_is_one_product() -> None:
+    """Also of parameters that require them."""
+    hidden, weight, targets = loss_case(torch.float32)
+    products = []
+
+    class Products(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if "mm" in str(func):
+                products.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    right = linear_cross_entropy(hidden, weight, targets)
+    with torch.no_grad(), Products():
+        loss = linear_cross_entropy(hidden, weight, targets)
+    assert products == ["aten.mm.default"]
+    assert loss == right.detach()
+
+
 def test_linear_cross_entropy_under_autocast_multiplies_in_its_dtype() -> None:
     hidden, weight, targets = loss_case(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
