@@ -35,6 +35,7 @@ from .header import (
 )
 
 _SUFFIXES = (".json", ".yaml", ".yml")
+_TOO_MUCH = "it is nested too deep, or a number has too many digits"
 
 
 class GenomeFileError(ValueError):
@@ -96,30 +97,46 @@ def load(path: str | Path) -> Genome:
     except UnicodeDecodeError:
         raise GenomeFileError(f"{path}: is not a text file in UTF-8") from None
     try:
-        data = json.loads(text) if suffix == ".json" else yaml.safe_load(text)
+        return from_dict(parse_json(text) if suffix == ".json" else _parse_yaml(text))
+    except GenomeFileError as error:
+        raise GenomeFileError(f"{path}: {error}") from None
+
+
+def parse_json(text: str) -> Any:
+    """What a JSON text holds. Raises GenomeFileError."""
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise GenomeFileError(
-            f"{path}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
-        ) from None
+        where = f"line {error.lineno}, column {error.colno}"
+        raise GenomeFileError(f"{where}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError):
+        raise GenomeFileError(_TOO_MUCH) from None
+
+
+def _parse_yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problem = getattr(error, "problem", None) or "cannot be read"
-        raise GenomeFileError(f"{path}: {where}not YAML: {problem}") from None
-    try:
-        return from_dict(data)
-    except GenomeFileError as error:
-        raise GenomeFileError(f"{path}: {error}") from None
+        raise GenomeFileError(f"{where}not YAML: {problem}") from None
+    except (ValueError, RecursionError):
+        raise GenomeFileError(_TOO_MUCH) from None
+
+
+def text_of(genome: Genome, path: Path) -> str:
+    """The contents of a `.json`, `.yaml` or `.yml` file with the genome. Raises GenomeFileError."""
+    data = to_dict(genome)
+    if _suffix(path) == ".json":
+        return json.dumps(data, indent=2) + "\n"
+    return yaml.safe_dump(data, sort_keys=False)
 
 
 def dump(genome: Genome, path: str | Path) -> None:
     """Write the genome to a `.json`, `.yaml` or `.yml` file. Raises GenomeFileError."""
     path = Path(path)
-    data = to_dict(genome)
-    if _suffix(path) == ".json":
-        text = json.dumps(data, indent=2) + "\n"
-    else:
-        text = yaml.safe_dump(data, sort_keys=False)
+    text = text_of(genome, path)
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

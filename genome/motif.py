@@ -312,12 +312,15 @@ class Stretched:
 
     def said(self, count: int, fresh: bool = False) -> str:
         """What was done, in words; with `fresh` there was no other number before."""
-        was = f"{self.own} block{'s' if self.own > 1 else ''}"
+        slots = _slots(self.depth(count))
+        if self.own == 1:
+            stands = f"the one block stands {_times(count)}"
+            return f"{stands}, as before" if count == 1 else f"{stands}: {slots}"
         if count == self.own:
-            return f"the {was} without a motif stand as before"
+            return f"the {self.own} blocks without a motif stand as before"
         return (
-            f"no motif repeats, so the {was} are stretched to {count} in the same order and "
-            f"proportion: {_slots(self.depth(count))}"
+            f"no motif repeats, so the {self.own} blocks are stretched to {count} in the same "
+            f"order and proportion: {slots}"
         )
 
 

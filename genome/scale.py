@@ -183,7 +183,7 @@ class _Search:
             middle = (low + high) // 2
             # Where heads do not fit the next width speaks for this one.
             near = next((s for w in self.widths[middle : high + 1] if (s := self.at(w))), None)
-            if near is not None and self.lean(near[0]) < 0:
+            if near is not None and self._too_narrow(near):
                 low = middle + 1
             else:
                 high = middle
@@ -192,6 +192,14 @@ class _Search:
             about.add(self.genome.width)
         found = [shape for width in sorted(about) for shape in self.at(width)]
         return sorted(found, key=lambda s: (s.score, s.width))
+
+    def _too_narrow(self, shapes: Sequence[_Shape]) -> bool:
+        """Whether these shapes of a width call for a wider one: by their size where no depth brings
+        it to what is wanted, else by the aspect."""
+        sizes = [self.size(shape) for shape in shapes]
+        if max(sizes) < self.wish.params:
+            return True
+        return min(sizes) <= self.wish.params and self.lean(shapes[0]) < 0
 
     def made(self, shape: _Shape) -> Genome | None:
         """The genome of a shape; None where it breaks a rule."""
@@ -228,10 +236,13 @@ class _Search:
         nearest = min(shapes, key=lambda s: abs(math.log(self.size(s) / wish.params)))
         what = "active parameters" if wish.active else "parameters"
         pinned = " as pinned" if wish.width is not None or wish.depth is not None else ""
+        size = self.size(nearest)
+        narrow = wish.width is None and nearest.width == self.widths[0] and size > wish.params
+        more = f"; narrower than {nearest.width} is a width only where it is pinned"
         return (
             f"no width and depth{pinned} come within {wish.bound:.0%} of {wish.params:,.0f} "
-            f"{what}; the nearest has {self.size(nearest):,} (width {nearest.width}, "
-            f"{self.pattern.depth(nearest.count)} slots)"
+            f"{what}; the nearest has {size:,} (width {nearest.width}, "
+            f"{self.pattern.depth(nearest.count)} slots){more if narrow else ''}"
         )
 
 
@@ -275,16 +286,21 @@ def scale_preset(
     if vocab is not None:
         header["vocab"] = vocab
     wish = Wish(params, active, aspect, width, depth, bound)
-    if preset.small is not None:
-        whole = _twice(preset.motif, header)
-        try:
-            found = _scale(whole, wish, fresh=True)
-        except ScaleError:
-            found = None
-        if found is not None and found.genome.width >= preset.small["below"]:
-            return found
-    motif = preset.motif if preset.small is None else str(preset.small["motif"])
-    return _scale(_twice(motif, header), wish, fresh=True)
+    if preset.small is None:
+        return _scale(_twice(preset.motif, header), wish, fresh=True)
+    below = preset.small["below"]
+    refused: ScaleError | None = None
+    try:
+        whole = _scale(_twice(preset.motif, header), wish, fresh=True)
+    except ScaleError as error:
+        refused = error
+    else:
+        if whole.genome.width >= below:
+            return whole
+    small = _scale(_twice(str(preset.small["motif"]), header), wish, fresh=True)
+    if refused is not None and small.genome.width >= below:
+        raise refused
+    return small
 
 
 def _twice(motif: str, header: dict[str, Gene]) -> Genome:

@@ -7,7 +7,7 @@ parameter and token, 12 * layers * width * (context + 1) / 2 for causal attentio
 width for the head. Tables that are only looked up cost nothing; the head's product is counted, and
 `head_flops` is its part, because some publications leave it out (Bae et al., arXiv 2510.04800,
 appendix C). Elementwise work is not counted, as everywhere. Reversible backbones compute the
-forward pass once more.
+slots, not the head, once more.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from .routing import passing
 RATIO = 20.0
 """Tokens per parameter of compute-optimal training (Hoffmann et al., Chinchilla, arXiv 2203.15556:
 1.4T tokens for 70B). Of experts the active parameters count."""
+
+PASSES = 3
+"""Forward passes that a step costs."""
 
 UTILISATION = 0.4
 """The share of a device's peak that training reaches: 38 to 43 % for Llama 3 405B on H100s
@@ -86,14 +89,14 @@ def training_cost(
         for config in row:
             decoding = config.cost(inside, torch.bfloat16).flops_per_token
             forward += (training_flops(config, inside) - decoding) * inside / context
-    passes = 4 if genome.residual == "reversible" else 3
+    again = forward - counted.head.flops_per_token if genome.residual == "reversible" else 0.0
     active = counted.total.active_params
     used = ratio * active if tokens is None else tokens
     return TrainingCost(
         used,
         used / active,
         context,
-        passes * forward,
-        passes * counted.head.flops_per_token,
+        PASSES * forward + again,
+        PASSES * counted.head.flops_per_token,
         BYTES_PER_PARAMETER * counted.total.params,
     )

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import yaml
 from rich.text import Text
 
 from ..genome import imported
 from ..genome.cost import cost
-from ..genome.files import to_dict
+from ..genome.files import text_of
 from ..genome.imported import Imported
 from ..genome.notation import show as notation
 from ..primitives.base import DTYPES
 from .describe import check_dtype, counting, describe, exact_text, header_text
+from .new_files import GENOMES, check_new, write_new
 from .options import AsJson, Context, Dtype, examples
-from .store import write_text
 from .study_around import study_around
 from .terminal import Mistake, console, plain, print_hanging, print_json, say, say_wrapped
 
 app = typer.Typer()
 
-SUFFIXES = (".yaml", ".yml", ".json")
 STUDY_SUFFIXES = (".yaml", ".yml")
 
 
@@ -62,7 +59,7 @@ def import_(
     source = model.resolve().name
     files: dict[Path, str] = {}
     if out is not None:
-        check_new(out, SUFFIXES)
+        check_new(out, GENOMES)
         files[out] = _file(source, out, found)
     if study is not None:
         check_new(study, STUDY_SUFFIXES)
@@ -71,8 +68,7 @@ def import_(
         files[study] = study_around(found.genome, found.family, source, study)
     at = counting(None, context, dtype)
     counted = cost(found.genome, at.context, DTYPES[at.dtype])
-    for path, text in files.items():
-        write_text(path, text)
+    write_new(files)
     if as_json:
         described = describe(found.genome, counted, at.context, at.dtype)
         more = {"family": found.family, "differs": found.differs, "unread": found.unread}
@@ -96,22 +92,11 @@ def import_(
         say(f"Wrote {study}. Look at it, then: mendel search {study} --dry-run")
 
 
-def check_new(path: Path, suffixes: tuple[str, ...]) -> None:
-    """Raises Mistake unless a file of one of these kinds can be made there."""
-    if path.suffix not in suffixes:
-        raise Mistake(f"{path}: the file's name ends in {', '.join(suffixes)}")
-    if path.exists():
-        raise Mistake(f"{path} exists already; choose another name")
-    if not path.absolute().parent.is_dir():
-        raise Mistake(f"{path.parent} is no folder")
-
-
 def _file(source: str, out: Path, found: Imported) -> str:
     """The genome's file: in YAML with what it is and what it has not in comments."""
-    data: dict[str, Any] = to_dict(found.genome)
+    text = text_of(found.genome, out)
     if out.suffix == ".json":
-        return json.dumps(data, indent=2) + "\n"
+        return text
     head = [f"A {found.family} model, read from {source}."]
     head += [f"Not in the genome: {sentence}." for sentence in found.differs]
-    comments = "".join(f"# {' '.join(line.split())}\n" for line in head)
-    return comments + yaml.safe_dump(data, sort_keys=False)
+    return "".join(f"# {' '.join(line.split())}\n" for line in head) + text

@@ -10,13 +10,14 @@ import typer
 
 from ..genome import presets
 from ..genome.cost import cost
-from ..genome.files import dump
+from ..genome.files import text_of
 from ..genome.header import HEADER
 from ..genome.notation import show as notation
 from ..genome.scale import BOUND, GROWN, Scaled, scale_preset
 from ..genome.scale import scale as scale_genome
 from ..primitives.base import DTYPES, GeneError
 from .describe import Counting, check_dtype, counting, describe, header_text, print_drawing
+from .new_files import GENOMES, check_new, write_new
 from .options import WHAT, AsJson, Context, Dtype, examples
 from .outline import outline
 from .source import find_genome
@@ -36,8 +37,6 @@ from .training_text import (
 from .units import count_text
 
 app = typer.Typer()
-
-SUFFIXES = (".yaml", ".yml", ".json")
 
 
 @app.command(
@@ -83,8 +82,8 @@ def scale(
     as_json: AsJson = False,
 ) -> None:
     """Take a genome to a size: repeat its motif or stretch its pattern, and set its width."""
-    if out is not None and (out.suffix not in SUFFIXES or not out.absolute().parent.is_dir()):
-        raise Mistake(f"--out names a .yaml or .json file in a folder that exists, not {out}")
+    if out is not None:
+        check_new(out, GENOMES)
     check_dtype(dtype)
     plan = training_plan(tokens, ratio, mfu, device)
     wanted = read_size("--params", params)
@@ -99,7 +98,7 @@ def scale(
         genome = source.genome if alphabet is None else replace(source.genome, vocab=alphabet)
         made = scale_genome(genome, wanted, active=active, aspect=aspect, width=width, depth=depth)
     if out is not None:
-        dump(made.genome, out)
+        write_new({out: text_of(made.genome, out)})
     if as_json:
         print_json(_described(made, wanted, active, at, plan))
         return
@@ -117,6 +116,8 @@ def scale(
 
 def _vocab(text: str) -> int:
     value = read_size("--vocab", text)
+    if not value.is_integer():
+        raise Mistake(f"--vocab is a whole number, not {text!r}")
     axis = next(axis for axis in HEADER if axis.name == "vocab")
     try:
         axis.check(int(value))

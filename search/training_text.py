@@ -110,9 +110,10 @@ def training_lines(counted: TrainingCost, plan: TrainingPlan) -> list[str]:
     )
     tokens, ratio = count_text(counted.tokens), _ratio_text(counted.ratio)
     memory = _memory_text(counted.memory)
+    lengths = f"in sequences of {counted.context:,}"
     flops, fit = _power_text(counted.flops), _fit_text(counted, plan.devices)
     return [
-        f"Training on {tokens} tokens, {ratio} per active parameter: {flops} FLOPs.",
+        f"Training on {tokens} tokens, {ratio} per active parameter, {lengths}: {flops} FLOPs.",
         f"One device at {plan.utilisation:.0%} of its peak: {times}.",
         f"Weights, gradients and AdamW take {memory}, activations more: {fit}.",
     ]

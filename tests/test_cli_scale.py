@@ -64,8 +64,9 @@ def test_scale_takes_presets_published_models_and_options(call: Call) -> None:
         (["--params", "1B", "--depth", "9"], "gives no depth of 9 slots; nearest: 8 or 10"),
         (["--params", "1B", "--depth", "8", "--width", "64"], "pin one of them"),
         (["--params", "1B", "--vocab", "1"], "--vocab: vocab is a whole number from 2"),
-        (["--params", "1B", "--out", "a.txt"], "--out names a .yaml or .json file"),
-        (["--params", "1B", "--out", "gone/a.yaml"], "in a folder that exists, not gone/a.yaml"),
+        (["--params", "1B", "--vocab", "50257.5"], "--vocab is a whole number, not '50257.5'"),
+        (["--params", "1B", "--out", "a.txt"], "a.txt: the file's name ends in .yaml, .yml, .json"),
+        (["--params", "1B", "--out", "gone/a.yaml"], "gone is no folder"),
         (["--params", "1B", "--aspect", "0"], "the aspect is a number above 0, not 0"),
         (["--params", "1B", "--device", "K80"], "no device is named 'K80'"),
     ],
@@ -81,9 +82,17 @@ def test_a_size_that_cannot_be_had_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
+def test_scale_writes_over_no_file(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("mine", encoding="utf-8")
+    code, _, err = call("scale", SMALL, "--params", "350M", "--out", "mine.yaml")
+    assert (code, "mine.yaml exists already" in err) == (2, True)
+    assert (tmp_path / "mine.yaml").read_text(encoding="utf-8") == "mine"
+
+
 def test_show_says_what_training_costs(call: Call) -> None:
     _, out, _ = call("show", "llama-3.1-8b", "--context", "8192", "--tokens", "15T")
-    assert "Training on 15.0T tokens, 1,868 per active parameter: 7.7e23 FLOPs." in out
+    words = "Training on 15.0T tokens, 1,868 per active parameter, in sequences of 8,192: 7.7e23"
+    assert words in " ".join(out.split())
     assert "One device at 40% of its peak: A100 " in out
     assert "Weights, gradients and AdamW take 128 GB" in out
     one = call("show", "llama-3.1-8b", "--device", "h200", "--mfu", "0.5")[1]

@@ -264,7 +264,7 @@ def test_the_export_holds_configuration_command_and_genome(tmp_path: Path, call:
 
 
 def test_a_refusal_writes_nothing(tmp_path: Path, call: Call) -> None:
-    code, out, err = call("export", "jamba-v0.1", "--format", "flame", "--out", "mine")
+    code, out, err = call("export", "jamba-v0.1", "--format", "flame", "--out", "new/mine")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "jamba-v0.1 is no model of flash-linear-attention: slot 0: jamba-mamba: Mamba has" in err
     assert list(tmp_path.iterdir()) == []

@@ -200,6 +200,15 @@ def test_of_a_model_that_also_sees_the_language_model_is_read() -> None:
     assert found.differs[-1] == "gemma3's parts beside its language model"
 
 
+def test_what_kimis_router_and_positions_are_is_not_passed_over() -> None:
+    changes = {"moe_router_activation_func": "softmax", "mla_use_nope": False}
+    found = imported.read({**CONFIGS["kimi-linear-48b-a3b"], **changes})
+    assert set(found.differs) - set(imported.read(CONFIGS["kimi-linear-48b-a3b"]).differs) == {
+        "the scores of the router (moe_router_activation_func='softmax')",
+        "RoPE in latent attention (mla_use_nope=false)",
+    }
+
+
 def test_a_scaling_of_rope_that_the_genome_has_is_no_difference() -> None:
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
     for scaling, text in ((yarn, "yarn"), ({"rope_type": "linear", "factor": 4.0}, "linear")):
@@ -239,6 +248,9 @@ def test_the_command_reads_a_folder_and_writes_a_genome(tmp_path: Path, call: Ca
         ("{", "config.json: line 1, column 2: not JSON"),
         ("[]", "config.json: a configuration is a mapping, not a list"),
         ('{"model_type": "bert"}', "config.json: model_type 'bert' is not read"),
+        ('{"model_type": ["llama"]}', "config.json: model_type is a list; it is one of"),
+        ("[" * 100_000, "config.json: it is nested too deep, or a number has too many digits"),
+        (f'{{"model_type": "llama", "rope_theta": {10**400}}}', "a number in it is larger than"),
     ],
 )
 def test_a_bad_file_is_one_line(

@@ -97,6 +97,15 @@ def test_import_starts_a_search(tmp_path: Path, call: Call) -> None:
     assert load_study(tmp_path / "around.yaml").baselines[0].name == "around-small"
 
 
+def test_where_one_file_cannot_be_written_none_stays(tmp_path: Path, call: Call) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama-2-7b"]), encoding="utf-8")
+    # A name so long that its scratch file cannot be made.
+    long = "a" * 248 + ".yaml"
+    code, _, err = call("import", ".", "--out", "mine.yaml", "--study", long)
+    assert (code, "cannot be written: File name too long" in err) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_one_name_for_two_files_writes_neither(tmp_path: Path, call: Call) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama-2-7b"]), encoding="utf-8")
     code, _, err = call("import", ".", "--study", "a.yaml", "--out", "a.yaml")

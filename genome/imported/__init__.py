@@ -5,7 +5,6 @@ A pure function of a file's contents: neither the library nor a tensor is needed
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from ...primitives.base import GeneError
 from ...primitives.nearest import unknown
+from ..files import GenomeFileError, parse_json
 from ..genome import Genome
 from . import dense, experts, hybrids, kimi, listed, mamba, qwen, recurrent, remote
 from .fields import ConfigurationError as ConfigurationError
@@ -141,16 +141,18 @@ def read(values: Any) -> Imported:
     kind = values.get("model_type")
     if kind is None and "d_model" in values and "ssm_cfg" in values:
         kind, values = mamba.authors(values)
+    if not isinstance(kind, str):
+        known = ", ".join(FAMILIES)
+        raise ConfigurationError(f"model_type is {shown(kind)}; it is one of {known}")
     if kind in REFUSED:
         raise ConfigurationError(f"model_type {kind!r} is no genome: {REFUSED[kind]}")
     text = values.get("text_config")
-    if kind not in FAMILIES and isinstance(text, Mapping) and text.get("model_type") in FAMILIES:
+    inner = text.get("model_type") if isinstance(text, Mapping) else None
+    if kind not in FAMILIES and isinstance(inner, str) and inner in FAMILIES:
         found = read(text)
         return replace(found, differs=(*found.differs, f"{kind}'s parts beside its language model"))
-    if not isinstance(kind, str) or kind not in FAMILIES:
+    if kind not in FAMILIES:
         known = ", ".join(FAMILIES)
-        if not isinstance(kind, str):
-            raise ConfigurationError(f"model_type is {shown(kind)}; it is one of {known}")
         sentence = f"model_type {kind!r} is not read"
         raise ConfigurationError(unknown(sentence, kind, FAMILIES, f"there are {known}"))
     family = FAMILIES[kind]
@@ -159,6 +161,8 @@ def read(values: Any) -> Imported:
         genome = family.read(fields)
     except GeneError as error:
         raise ConfigurationError(str(error)) from None
+    except OverflowError:
+        raise ConfigurationError("a number in it is larger than any model's") from None
     return Imported(kind, genome, tuple(fields.differs), tuple(fields.unread()))
 
 
@@ -171,16 +175,12 @@ def load(path: str | Path) -> Imported:
     if path.is_dir():
         path = path / FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigurationError(f"{path}: is not a text file in UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise ConfigurationError(
-            f"{path}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
-        ) from None
     try:
-        return read(values)
-    except ConfigurationError as error:
+        return read(parse_json(text))
+    except (GenomeFileError, ConfigurationError) as error:
         raise ConfigurationError(f"{path}: {error}") from None

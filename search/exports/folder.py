@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from ...genome.files import load
@@ -28,6 +29,7 @@ def export(order: Order, out: Path, to: str = DEFAULT, *, force: bool = False) -
         with_weights = [f.name for f in FORMATS.values() if f.weights]
         raise Mistake(f"--proxy and --seed choose weights: for --format {', '.join(with_weights)}")
     _require_free(out, force)
+    missing = [folder for folder in out.parents if not folder.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = out.with_name(f".{out.name}.{os.getpid()}.part")
     scratch.mkdir()
@@ -40,6 +42,10 @@ def export(order: Order, out: Path, to: str = DEFAULT, *, force: bool = False) -
         scratch.rename(out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        for folder in missing:
+            # Only those into which nothing came.
+            with suppress(OSError):
+                folder.rmdir()
     return out
 
 
