@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..primitives.base import Cost
+from ..primitives.base import Config, Cost
 from ..primitives.position import LearnedPosition
 from .genome import Genome
 from .residual import block_params, embedding_params, head_params, router_rows
@@ -48,6 +48,7 @@ def cost(
     """
     alphabet = genome.vocab if vocab is None else vocab
     seen: set[str] = set()
+    known: dict[Config, Cost] = {}
     slots = []
     for slot, row in zip(genome.slots, configs(genome), strict=True):
         own = block_params(genome, slot)
@@ -56,7 +57,9 @@ def cost(
         gate, depth = (2.0 * genome.width * rows for rows in router_rows(genome, slot))
         total = Cost(own, own, depth + gate * share)
         for op, config in zip(slot.branches, row, strict=True):
-            part = config.cost(context, dtype)
+            if config not in known:
+                known[config] = config.cost(context, dtype)
+            part = known[config]
             if inside != context:
                 flops = config.cost(inside, dtype).flops_per_token * share
                 part = replace(part, flops_per_token=flops)

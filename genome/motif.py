@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from .blueprint import Place
 from .genome import Genome, Op, Slot
@@ -259,15 +260,18 @@ class Stretched:
 
     def counts(self) -> list[int]:
         """All numbers in which every kind of block stands, by depth."""
-        every = set(self.kinds)
-        found = []
-        for count in range(len(every), MAX_SLOTS + 1):
+        # Small numbers, because the kinds themselves are slow to compare.
+        numbers = {kind: i for i, kind in enumerate(dict.fromkeys(self.kinds))}
+        kinds = [numbers[kind] for kind in self.kinds]
+        found: list[tuple[int, int]] = []
+        for count in range(len(numbers), MAX_SLOTS + 1):
             blocks = self._blocks(count)
-            if sum(len(self._block(b)) for b in blocks) > MAX_SLOTS:
+            depth = sum(self._lengths[b] for b in blocks)
+            if depth > MAX_SLOTS:
                 break
-            if {self.kinds[b] for b in blocks} == every:
-                found.append(count)
-        return sorted(found, key=lambda n: (self.depth(n), n))
+            if len({kinds[b] for b in blocks}) == len(numbers):
+                found.append((depth, count))
+        return [count for _, count in sorted(found)]
 
     def whole(self, count: int) -> bool:
         """Stretching cuts nothing."""
@@ -278,12 +282,17 @@ class Stretched:
         return [(2 * i + 1) * self.own // (2 * count) for i in range(count)]
 
     def _block(self, number: int) -> range:
-        ends = (*self.starts[1:], self.slots)
-        return range(self.starts[number], ends[number])
+        start = self.starts[number]
+        return range(start, start + self._lengths[number])
+
+    @cached_property
+    def _lengths(self) -> list[int]:
+        """Slots of each block."""
+        return [end - start for start, end in itertools.pairwise((*self.starts, self.slots))]
 
     def depth(self, count: int) -> int:
         """Slots of the genome of that number."""
-        return sum(len(self._block(b)) for b in self._blocks(count))
+        return sum(self._lengths[b] for b in self._blocks(count))
 
     def sources(self, count: int) -> list[int]:
         """For every slot of the genome of that number the slot of the sample that it is like."""

@@ -113,6 +113,9 @@ class _Search:
         self.pattern: Pattern = pattern_of(genome)
         self.widths = _widths(genome, wish)
         self.counts = _counts(self.pattern, wish.depth)
+        whole = [n for n in self.counts if self.pattern.whole(n)]
+        self.ways = (whole, [n for n in self.counts if not self.pattern.whole(n)])
+        self.depths = [self.pattern.depth(n) for n in self.counts]
         self.known: dict[int, list[_Shape]] = {}
         self.sources: dict[int, list[int]] = {}
 
@@ -156,15 +159,14 @@ class _Search:
             return _Shape(width, count, params, active)
 
         found = []
-        for whole in (True, False):
-            counts = [n for n in self.counts if self.pattern.whole(n) is whole]
+        for counts in self.ways:
             over = bisect.bisect(counts, self.wish.params, key=lambda n: self.size(shape(n)))
             # Sizes rise with the depth but for blocks of unlike length and cost.
             found += [shape(n) for n in counts[max(0, over - 2) : over + 2]]
         if found:
             # Where repeats share their weights, the depth is left to the aspect.
             depth = 2 * width / self.aspect(found[0].active)
-            near = bisect.bisect(self.counts, depth, key=self.pattern.depth)
+            near = bisect.bisect(self.depths, depth)
             numbers = {each.count for each in found}
             more = self.counts[max(0, near - 1) : near + 1]
             found += [shape(n) for n in more if n not in numbers]
