@@ -141,8 +141,8 @@ def read(values: Any) -> Imported:
     kind = values.get("model_type")
     if kind is None and "d_model" in values and "ssm_cfg" in values:
         kind, values = mamba.authors(values)
+    known = ", ".join(FAMILIES)
     if not isinstance(kind, str):
-        known = ", ".join(FAMILIES)
         raise ConfigurationError(f"model_type is {shown(kind)}; it is one of {known}")
     if kind in REFUSED:
         raise ConfigurationError(f"model_type {kind!r} is no genome: {REFUSED[kind]}")
@@ -152,7 +152,6 @@ def read(values: Any) -> Imported:
         found = read(text)
         return replace(found, differs=(*found.differs, f"{kind}'s parts beside its language model"))
     if kind not in FAMILIES:
-        known = ", ".join(FAMILIES)
         sentence = f"model_type {kind!r} is not read"
         raise ConfigurationError(unknown(sentence, kind, FAMILIES, f"there are {known}"))
     family = FAMILIES[kind]
