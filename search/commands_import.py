@@ -39,7 +39,7 @@ def import_(
         Path, typer.Argument(help="A config.json of transformers, or the folder that has one.")
     ],
     out: Annotated[
-        Path | None, typer.Option(help="Write the genome to this .yaml or .json file.")
+        Path | None, typer.Option(help="Write the genome to this new .yaml or .json file.")
     ] = None,
     study: Annotated[
         Path | None,

@@ -237,8 +237,8 @@ def _print_models(models: list[published.Published], context: int) -> None:
         right=numbers,
     )
     say_wrapped(
-        f"Cache of one sequence of {context:,} tokens in {DEFAULT_DTYPE}; FLOPs are the mean over "
-        "its positions; attention: how many of the mixers it is.",
+        f"Cache of one sequence of {context:,} tokens in {DEFAULT_DTYPE}; FLOPs are those of "
+        "decoding, the mean over its positions; attention: how many of the mixers it is.",
         "dim",
     )
 

@@ -77,7 +77,7 @@ def scale(
     mfu: Mfu = None,
     device: DeviceName = None,
     out: Annotated[
-        Path | None, typer.Option(help="Write the genome to this .yaml or .json file.")
+        Path | None, typer.Option(help="Write the genome to this new .yaml or .json file.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

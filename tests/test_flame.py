@@ -205,6 +205,10 @@ def test_no_rounding_of_a_ratio_loses_a_channel(
         ("{width=64} [mamba2 > swiglu]*2", "slot 0: mamba2: decay=scalar"),
         ("{width=64} [gla > swiglu > mamba > swiglu]", "slot 2: mamba is not the gla of slot 0"),
         ("{width=64} [retnet > swiglu]", "slot 0: retnet: norm=groupnorm is not"),
+        (
+            "{width=1024} [retnet(norm=rmsnorm, heads=2) > swiglu]",
+            "slot 0: retnet: keys of 512 channels: retnet has at most 256 there",
+        ),
         ("{width=64} [kda > swiglu]", "slot 0: kda: Kimi Delta Attention has a bias"),
         ("{width=64} mha > swiglu > mha", "slot 2: the library has a SwiGLU after every mixer"),
         ("{width=64} mha > swiglu > mha > geglu", "slot 3: geglu stands where"),

@@ -53,6 +53,9 @@ _LINEAR: Mapping[str, tuple[str, Mapping[str, object]]] = {
 }
 """By our axis `decay`: the library's model, and what its layer has."""
 
+ROTARY_KEYS = 256
+"""The most channels of a key that retnet's layer turns."""
+
 
 def ratio(channels: int, width: int) -> float:
     """Channels over the width, such that the library, which rounds down, finds the channels."""
@@ -183,6 +186,8 @@ def linear(c: RecurrenceConfig) -> Fields | str:
     wrong = differs(c, {**wanted, "groups": c.heads})
     if wrong:
         return f"{wrong} is not that of the library's {kind}"
+    if c.rotary and c.key_dim > ROTARY_KEYS:
+        return f"keys of {c.key_dim} channels: retnet has at most {ROTARY_KEYS} there"
     return {
         "model_type": kind,
         "num_heads": c.heads,
