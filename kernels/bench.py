@@ -31,6 +31,7 @@ from .autotune import use_tuning
 from .backend import HAS_TRITON, OPS, Backend, Unsupported
 from .bench_cases import Case, differentiable, upstream
 from .bench_jobs import DTYPES, MAIN, Job, OutOfTime, checks, failure, jobs
+from .bench_processes import device_is_lost
 from .bench_table import RESULTS, write_table
 from .bench_timing import timed
 
@@ -196,7 +197,12 @@ def main() -> None:
                     saved = time.monotonic()
                     left = wanted[i + 1 :]
                     save()
-            left = []
+                if device_is_lost():
+                    left = wanted[i + 1 :]
+                    print(f"the device is lost: {len(left)} left", file=sys.stderr)
+                    break
+            else:
+                left = []
     except OutOfTime:
         print(f"out of time: {len(left)} left", file=sys.stderr)
     save()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from .backend import Backend, Unsupported, backends
 from .bench_cases import FORMS, STATELESS, TOLERANCE, Call, Case, check, function_of, pinned
 from .bench_peers import peers
+from .bench_processes import side_by_side
 
 MAIN = {"cpu": (4, 128, 4, 32), "cuda": (4, 2048, 16, 128)}
 """(B, T, H, K = V) at which everything is timed, peers and all dtypes included."""
@@ -142,7 +142,8 @@ def failure(error: Exception) -> str:
 def checks(
     wanted: list[Job], device: str, workers: int, deadline: float
 ) -> dict[str, dict[str, Any]]:
-    """The check of every job by `check_key`, in order of `wanted` as far as the deadline allows."""
+    """The check of every job by `check_key`, begun in the order of `wanted`; what the deadline cuts
+    off has none."""
     first: dict[str, Job] = {}
     for job in wanted:
         first.setdefault(job.check_key(), job)
@@ -153,18 +154,10 @@ def checks(
                 break
             found[key] = check_job(job, device)
         return found
-    pool = multiprocessing.get_context("spawn").Pool(workers)
-    try:
-        running = {
-            key: pool.apply_async(_check_remote, (job.case.facts(), job.backend, job.peer, device))
-            for key, job in first.items()
-        }
-        for key, answer in running.items():
-            try:
-                found[key] = answer.get(timeout=max(0.0, deadline - time.monotonic()))
-            except multiprocessing.TimeoutError:
-                continue
-    finally:
-        pool.terminate()
-        pool.join()
-    return found
+    given = {key: (job.case.facts(), job.backend, job.peer, device) for key, job in first.items()}
+    return dict(
+        side_by_side(
+            _check_remote, given, workers, deadline,
+            ended=lambda _, why: {"refused": f"failed: {why}"},
+        )
+    )  # fmt: skip

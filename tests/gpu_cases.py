@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import sys
 import tempfile
 import time
@@ -37,6 +36,7 @@ from mendel.kernels.bench_cases import (
     relative_error,
     upstream,
 )
+from mendel.kernels.bench_processes import side_by_side
 from mendel.kernels.matrix_state import matrix_state
 from mendel.kernels.rms_norm import rms_norm
 
@@ -234,6 +234,11 @@ def run(name: str, device: str) -> dict[str, Any]:
     return {"case": name, **row, "seconds": round(time.monotonic() - began, 2)}
 
 
+def _wrong(name: str, why: str) -> dict[str, Any]:
+    """The row of a case that gave no errors."""
+    return {"case": name, "errors": {}, "wrong": why, "seconds": None}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=sorted(SIZES), default="cpu")
@@ -243,24 +248,21 @@ def main() -> None:
     given = parser.parse_args()
     deadline = time.monotonic() + given.seconds
     rows = []
-    # Processes of their own: kernels compile side by side, and one that crashes spoils no other.
-    pool = multiprocessing.get_context("spawn").Pool(given.workers, maxtasksperchild=8)
     # What takes a large part of a device's memory runs when nothing else does.
-    alone = [name for name in cases(given.device) if name.startswith("far")]
-    waiting = {
-        name: pool.apply_async(run, (name, given.device))
-        for name in cases(given.device)
-        if name not in alone
-    }
-    for name, answer in waiting.items():
-        try:
-            row = answer.get(timeout=max(0.1, deadline - time.monotonic()))
-        except multiprocessing.TimeoutError:
-            row = {"case": name, "errors": {}, "wrong": "not done in time", "seconds": None}
+    names = list(cases(given.device))
+    alone = [name for name in names if name.startswith("far")]
+    # Processes of their own: kernels compile side by side, and one that crashes spoils no other.
+    found = side_by_side(
+        run, {name: (name, given.device) for name in names if name not in alone},
+        given.workers, deadline, ended=_wrong,
+    )  # fmt: skip
+    for _, row in found:
         rows.append(row)
-        print(f"{name:50} {row['wrong'] or 'ok'}", flush=True)
-    pool.terminate()
-    pool.join()
+        print(f"{row['case']:50} {row['wrong'] or 'ok'}", flush=True)
+    missing = {*names} - {*alone} - {row["case"] for row in rows}
+    for name in filter(missing.__contains__, names):
+        rows.append(_wrong(name, "not done in time"))
+        print(f"{name:50} {rows[-1]['wrong']}", flush=True)
     for name in alone:
         rows.append(run(name, given.device))
         print(f"{name:50} {rows[-1]['wrong'] or 'ok'}", flush=True)

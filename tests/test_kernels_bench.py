@@ -13,7 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mendel.kernels import bench, bench_cases, bench_floor, bench_jobs, bench_timing
+from mendel.kernels import (
+    bench,
+    bench_cases,
+    bench_floor,
+    bench_jobs,
+    bench_processes,
+    bench_timing,
+)
 from mendel.kernels.backend import current
 from mendel.kernels.bench import line, main, measure
 from mendel.kernels.bench_cases import FORMS, STATELESS, TOLERANCE, Case, check
@@ -276,6 +283,28 @@ def test_checks_in_processes_of_their_own() -> None:
     (row,) = found.values()
     assert max(row["errors"].values()) < 1e-5
     assert bench_jobs.checks([Job(SMALL, "chunked")], "cpu", 1, time.monotonic() - 1) == {}
+
+
+def test_a_process_that_ends_spoils_no_other_check() -> None:
+    given = {"ends": ("__import__('os')._exit(3)",), "goes on": ("1 + 1",)}
+    late = time.monotonic() + 100
+    found = dict(bench_processes.side_by_side(eval, given, 1, late, ended="{}: {}".format))
+    assert found == {"ends": "ends: its process ended with 3", "goes on": 2}
+    assert not bench_processes.device_is_lost()
+
+
+@pytest.mark.usefixtures("_few")
+def test_nothing_is_timed_on_a_lost_device(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An illegal address would make every later row red."""
+    monkeypatch.setattr(bench, "device_is_lost", lambda: True)
+    out = tmp_path / "kernels-test.json"
+    monkeypatch.setattr(sys, "argv", ["bench", "--op", "rms_norm", "--out", str(out)])
+    main()
+    record = json.loads(out.read_text())
+    assert (len(record["rows"]), len(record["skipped"])) == (1, 2)
+    assert "the device is lost: 2 left" in capsys.readouterr().err
 
 
 def test_the_page_of_results_is_what_the_json_says() -> None:
