@@ -177,7 +177,8 @@ def _slot_in_space(
         ops = ops[:1]
     if not ops:
         ops = [_stand_in(slots, i, allowed, space, site)]
-    join = _closest(slot.join, space.join if len(ops) > 1 else JOIN.options)
+    # A join without an effect is not written, or it would look as if it had one.
+    join = _closest(slot.join, space.join) if len(ops) > 1 else JOIN.default
     tokens = _closest(_valid(TOKENS, slot.tokens), space.tokens)
     return slot_of(ops, {"join": join, "tokens": tokens})
 

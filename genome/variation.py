@@ -12,7 +12,7 @@ from ..primitives.base import Gene, show_gene
 from .blueprint import Place
 from .constraints import satisfied
 from .genome import Genome, Slot
-from .header import HEADER, header_of, with_header
+from .header import HEADER, JOIN, header_of, slot_of, with_header
 from .repair import repair
 from .resolve import genes_of, primitive_of, relabel
 from .sample import chooser, sample_op, sample_slot
@@ -265,7 +265,9 @@ def _parallel(genome: Genome, space: Space, rng: np.random.Generator) -> Child |
         gone = int(rng.integers(len(slot.branches)))
         branches = (*slot.branches[:gone], *slot.branches[gone + 1 :])
         words = f"serial: slot {i} without its {slot.branches[gone].name}"
-        return _with_slot(genome, i, replace(slot, branches=branches)), words
+        join = slot.join if len(branches) > 1 else JOIN.default
+        left = slot_of(branches, {"join": join, "tokens": slot.tokens})
+        return _with_slot(genome, i, left), words
     if not grows or not all(op.name in allowed.mixers for op in slot.branches):
         return None
     choose = chooser(rng)

@@ -105,6 +105,21 @@ def test_repair_brings_shares_into_the_space_and_ends_features_in_such_slots() -
     )
 
 
+def test_a_branch_that_is_left_alone_has_no_join() -> None:
+    parent = parse("{width=16} [gqa(heads=2) | mamba2(heads=2)](join=top1) > moe(experts=4)")
+    narrow = Space.model_validate(SPACE | {"parallel": {"branches": 1}})
+    assert [slot.join for slot in repair(parent, narrow).slots] == ["mean", "mean"]
+    space = Space.model_validate(SPACE | {"sharing": {}})
+    parent = repair(parent, space)
+    serial = []
+    for seed in range(40):
+        child, words = mutate(parent, space, np.random.default_rng(seed), ["parallel"])
+        if "serial" in words:
+            serial.append(child.slots[0])
+    assert serial
+    assert all(len(slot.branches) == 1 and slot.join == "mean" for slot in serial)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

@@ -86,7 +86,8 @@ POINTS = (
             "aux_weight": 0.002,
         },
         "Jiang et al., Mixtral of Experts, arXiv 2401.04088",
-        "The paper names no balancing loss; this is transformers', with its default weight.",
+        "The paper names no balancing loss; this is transformers', with its default weight. "
+        "It takes one loss over the choices of all layers; here every layer adds its own.",
     ),
     Point(
         "deepseek-moe",
@@ -134,7 +135,8 @@ POINTS = (
             "aux_weight": 0.004,
         },
         "Qwen1.5-MoE-A2.7B; Yang et al., Qwen2, arXiv 2407.10671",
-        "The loss's weight is 0.001 of transformers', which counts all four choices.",
+        "The loss's weight is 0.001 of transformers', which counts all four choices, and those of "
+        "all layers in one loss; here every layer adds its own.",
     ),
     Point(
         "olmoe",
@@ -149,6 +151,7 @@ POINTS = (
             "z_weight": 0.001,
         },
         "Muennighoff et al., OLMoE, arXiv 2409.02060",
+        "Its balancing loss is a mean over the layers; here every layer adds its own.",
     ),
     Point(
         "moe++",
