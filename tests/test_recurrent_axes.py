@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mendel.primitives.base import Gene, GeneError, Operator, Primitive, Site, is_causal
+from mendel.primitives.base import (
+    Carry,
+    Gene,
+    GeneError,
+    Operator,
+    Primitive,
+    Site,
+    carries,
+    is_causal,
+)
 from mendel.primitives.convolution.short_conv import SHORT_CONV
 from mendel.primitives.diagonal.gated_scan import GATED_SCAN
 from mendel.primitives.diagonal.hgrn import HGRN
@@ -50,7 +59,8 @@ def draw(primitive: Primitive, seed: int) -> dict[str, Gene]:
     rng = random.Random(f"{primitive.name} {seed}")
     while True:
         genes: dict[str, Gene] = {
-            axis.name: rng.choice(axis.options or axis.search) for axis in primitive.axes
+            axis.name: rng.choice(axis.options or axis.search or (axis.default,))
+            for axis in primitive.axes
         }
         try:
             config = primitive.configure(Site(WIDTH), primitive.complete(genes))
@@ -104,7 +114,11 @@ def test_gradients_are_finite_and_reach_everything(
     primitive: Primitive, genes: dict[str, Gene]
 ) -> None:
     module, x = build(primitive, genes), tokens(torch.float32, batch=4)
-    module(x)[0].square().sum().backward()
+    more: dict[str, Carry] = {}
+    if carries(module.config) is not None:
+        # Alone, a layer has nothing to mix into its values.
+        more["carry"] = Carry([torch.randn(*x.shape[:2], module.config.inner)])
+    module(x, **more)[0].square().sum().backward()
     for label, p in module.named_parameters():
         assert p.grad is not None, label
         assert p.grad.isfinite().all(), label
