@@ -12,7 +12,7 @@ import typer
 from .exports.folder import export
 from .exports.formats import DEFAULT, FORMATS
 from .exports.order import Order
-from .exports.proof import files_of
+from .exports.proof import OWN, files_of, read_facts
 from .exports.verify import verify
 from .front import Outcome, label_text, outcome_dict, outcome_of, shown_value
 from .options import WHAT, AsJson, examples
@@ -192,10 +192,15 @@ def export_command(
     """
     folder = export(Order(find_genome(what), proxy, seed), out, to, force=force)
     files = [p.relative_to(folder).as_posix() for p in files_of(folder)]
+    sealed = read_facts(folder)[OWN]
     if as_json:
-        print_json({"folder": str(folder), "files": files})
+        print_json({"folder": str(folder), "files": files, "seal": sealed})
     else:
-        say(f"Wrote {folder}: {', '.join(files)}; all read back and compared.")
+        code = [name for name in files if name.endswith(".py")]
+        named = [name for name in files if name not in code]
+        more = f" and {len(code)} files of code" if code else ""
+        say(f"Wrote {folder}: {', '.join(named)}{more}; all read back and compared.")
+        say(f"Seal {sealed}: give it along; mendel verify prints that of the folder it reads.")
 
 
 @app.command(
@@ -208,8 +213,10 @@ def verify_command(
 ) -> int:
     """Prove an export: its files, its genome, and of a model that it is the one that was trained.
 
-    A model's own code is run, so verify folders that you trust. The exit code is 1
-    where a check failed.
+    A model's own code is run unless a file was changed, so verify folders that you
+    trust. Who changes a file on purpose can seal the folder anew: compare the seal
+    with the one that its author's export printed. The exit code is 1 where a check
+    failed.
     """
     found = list(verify(folder))
     failed = [r.name for r in found if r.state == "failed"]

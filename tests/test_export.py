@@ -111,6 +111,14 @@ def test_nothing_is_overwritten_unasked(winner: Source, tmp_path: Path) -> None:
     assert not (folder / "mine.txt").exists()
 
 
+def test_the_folder_of_the_command_stays(
+    winner: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Mistake, match="name one inside it"):
+        export(Order(winner), Path())
+
+
 def test_force_replaces_only_an_export(winner: Source, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("x")

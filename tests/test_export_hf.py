@@ -20,6 +20,7 @@ from mendel.genome.notation import parse
 from mendel.search.driver import search
 from mendel.search.exports.folder import export
 from mendel.search.exports.order import Order
+from mendel.search.exports.verify import verify
 from mendel.search.exports.weights import find
 from mendel.search.source import find_genome
 from mendel.search.terminal import Mistake
@@ -326,7 +327,12 @@ def test_a_trial_s_weights_by_proxy(tmp_path: Path) -> None:
     other = export(Order(source, proxy="recall"), tmp_path / "recall", "hf")
     facts = json.loads((other / "provenance.json").read_text())
     assert (facts["weights"]["of"], facts["weights"]["vocab"]) == ("recall", 16)
-    assert load(other).config.vocab_size == 16
+    model = load(other)
+    assert model.config.vocab_size == 16
+    costs = json.loads((other / "costs.json").read_text())
+    assert (costs["vocab"], costs["params"]) == (16, sum(p.numel() for p in model.parameters()))
+    assert "| vocabulary | 16 tokens |" in (other / "README.md").read_text()
+    assert {r.state for r in verify(other)} == {"passed", "skipped"}
     with pytest.raises(Mistake, match="keeps no weights of speed; there are those of recall, text"):
         export(Order(source, proxy="speed"), tmp_path / "speed", "hf")
     with pytest.raises(Mistake, match="--proxy and --seed choose weights: for --format hf"):
@@ -339,6 +345,17 @@ def test_a_task_without_text_has_no_tokenizer(tmp_path: Path) -> None:
     assert not (folder / "tokenizer.json").exists()
     assert "There is no tokenizer" in (folder / "README.md").read_text()
     assert load(folder).generation_config.eos_token_id is None
+
+
+def test_a_design_alone_claims_no_training_and_no_text(tmp_path: Path) -> None:
+    folder = export(
+        Order(find_genome("{width=16, vocab=500} mha(heads=2)")), tmp_path / "out", "hf"
+    )
+    card = (folder / "README.md").read_text()
+    assert "nothing was trained" in card
+    assert "Trained on proxies" not in card
+    assert "the model has 500 tokens" in card
+    assert "model's task" not in card
 
 
 @pytest.mark.parametrize(

@@ -91,11 +91,7 @@ def test_other_formats_are_proved(design: Path, tmp_path: Path, call: Call) -> N
         "provenance.json",
     ],
 )
-def test_every_touched_file_is_found(
-    name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Hashes alone are to find it, whatever the checks of the model would say.
-    monkeypatch.setattr("mendel.search.exports.verify_model.checks", lambda *_: [])
+def test_every_touched_file_is_found(name: str, model: Path, tmp_path: Path) -> None:
     folder = copied(model, tmp_path)
     path = folder / name
     content = path.read_bytes()
@@ -110,6 +106,50 @@ def test_every_touched_file_is_found(
             list(verify(folder))
     else:
         assert f"{name} is missing" in failures(folder)["files"]
+
+
+def test_touched_code_is_not_run(model: Path, tmp_path: Path) -> None:
+    folder, trace = copied(model, tmp_path), tmp_path / "trace"
+    path = folder / "modeling_mendel.py"
+    path.write_text(f"{path.read_text()}\nopen({str(trace)!r}, 'w').close()\n")
+    last = list(verify(folder))[-1]
+    assert (last.name, last.state) == ("model", "skipped")
+    assert not trace.exists()
+    sealed(folder)
+    assert list(verify(folder))[-1].name == "tokenizer"
+    assert trace.exists()
+
+
+def test_the_seal_tells_one_folder_from_another_sealed_anew(
+    design: Path, tmp_path: Path, call: Call
+) -> None:
+    """Hashes are no signature; the seal that the export printed is what is compared."""
+    folder = tmp_path / "out"
+    given = loads(call("export", "{width=16} mamba2", "--out", str(folder), "--json"))["seal"]
+    assert given in call("verify", str(folder), "--json")[1]
+    (folder / "README.md").write_text("better scores")
+    sealed(folder)
+    code, out, _ = call("verify", str(folder), "--json")
+    assert code == 0
+    assert given not in out
+
+
+def test_what_a_hub_adds_is_no_difference(design: Path, tmp_path: Path) -> None:
+    folder = copied(design, tmp_path)
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").write_text("x")
+    (folder / ".gitattributes").write_text("x")
+    assert failures(folder) == {}
+
+
+def test_a_provenance_without_its_genome_fails(model: Path, tmp_path: Path) -> None:
+    folder = copied(model, tmp_path)
+    facts = json.loads((folder / "provenance.json").read_text())
+    kept = {k: v for k, v in facts.items() if k not in ("files", OWN)}
+    seal(folder, {**kept, "genome": {**facts["genome"], "notation": "{width=16} nothing"}})
+    assert set(failures(folder)) == {"genome"}
+    seal(folder, {k: v for k, v in kept.items() if k != "genome"})
+    assert failures(folder) == {"genome": "provenance.json names no genome"}
 
 
 def test_an_added_file_is_found(design: Path, tmp_path: Path) -> None:
@@ -156,6 +196,10 @@ CHANGES: dict[str, tuple[Callable[[Path], None], set[str]]] = {
     "weights that do not fit": (other_shape, {"weights"}),
     "weights that are not finite": (infinite, {"weights"}),
     "another blueprint": (edited("config.json", '"top_k": 2', '"top_k": 1'), {"config"}),
+    "code from elsewhere": (
+        edited("config.json", '"modeling_mendel.Mendel', '"some/where--modeling_mendel.Mendel'),
+        {"config"},
+    ),
     "another genome": (edited("genome.json", '"width": 32', '"width": 64'), {"genome"}),
     "other costs": (edited("costs.json", '"context": 4096', '"context": 4097'), {"costs"}),
     "a cache that forgets": (

@@ -14,7 +14,7 @@ from ..records import TrialRecord
 from ..run import RunView
 from ..source import Source
 from ..units import bytes_text, count_text, value_text
-from .facts import LIMITS, VERSION, scores
+from .facts import VERSION, limits, scores
 from .order import Order
 
 SCORES = "Scores lie in 0..1, higher is better; the baselines had the same budget."
@@ -38,17 +38,20 @@ def card(
     *,
     weights: str,
     files: str,
+    vocab: int | None = None,
     uses: Sequence[str] = (),
     before: Sequence[str] = (),
     more: Sequence[str] = (),
 ) -> str:
     """README.md: what this is, what it costs, what it scored, what it is not.
 
-    `weights` says whose weights are in the folder, `files` what its files hold; `uses` are commands
-    to begin with. Lines `before` stand above everything, lines `more` before the limits.
+    `weights` says whose weights are in the folder, `files` what its files hold; `vocab` is those
+    weights' (None: the genome's), `uses` are commands to begin with. Lines `before` stand above
+    everything, lines `more` before the limits.
     """
     genome = source.genome
-    total = cost(genome).total
+    alphabet = genome.vocab if vocab is None else vocab
+    total = cost(genome, vocab=alphabet).total
     lines = [
         *before,
         f"# {source.name}",
@@ -63,6 +66,7 @@ def card(
         "",
         "| cost | |",
         "| --- | --- |",
+        f"| vocabulary | {alphabet:,} tokens |",
         f"| parameters | {count_text(total.params)} |",
         f"| active for one token | {count_text(total.active_params)} |",
         f"| FLOPs per token at {DEFAULT_CONTEXT} | {count_text(total.flops_per_token)} |",
@@ -77,7 +81,7 @@ def card(
         *more,
         "## Limits",
         "",
-        f"{LIMITS} {weights} {CAUTION}",
+        f"{limits(source)} {weights} {CAUTION}",
         "",
         "## Files",
         "",

@@ -26,21 +26,29 @@ LIMITS = (
     "Trained on proxies, not a language model: scores come from small proxy tasks in short "
     "trainings and rank designs at this size and budget."
 )
+UNTRAINED = "A design, not a language model: nothing was trained, so there are no scores."
 
 
-def costs(genome: Genome) -> dict[str, Any]:
-    """Counted costs, per context and dtype, whole and per slot."""
-    first = cost(genome)
+def limits(source: Source) -> str:
+    """What the design has not shown."""
+    return UNTRAINED if source.trial is None and source.training is None else LIMITS
+
+
+def costs(genome: Genome, vocab: int | None = None) -> dict[str, Any]:
+    """Counted costs, per context and dtype, whole and per slot; `vocab` is that of the exported
+    model's weights, the genome's where it is None."""
+    alphabet = genome.vocab if vocab is None else vocab
+    first = cost(genome, vocab=alphabet)
     return {
         "params": first.total.params,
         "active_params": first.total.active_params,
-        "vocab": genome.vocab,
-        "at": [_costs_at(genome, c, d) for c in CONTEXTS for d in COST_DTYPES],
+        "vocab": alphabet,
+        "at": [_costs_at(genome, alphabet, c, d) for c in CONTEXTS for d in COST_DTYPES],
     }
 
 
-def _costs_at(genome: Genome, context: int, dtype: str) -> dict[str, Any]:
-    counted = cost(genome, context, DTYPES[dtype])
+def _costs_at(genome: Genome, vocab: int, context: int, dtype: str) -> dict[str, Any]:
+    counted = cost(genome, context, DTYPES[dtype], vocab)
     return {
         "context": context,
         "dtype": dtype,
@@ -111,7 +119,7 @@ def provenance(order: Order, to: str) -> dict[str, Any]:
         "source": source.text,
         "versions": versions(),
         "commit": commit(),
-        "limits": LIMITS,
+        "limits": limits(source),
     }
     if source.trial is not None and source.run is not None:
         trial = source.trial

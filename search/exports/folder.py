@@ -29,6 +29,8 @@ def export(order: Order, out: Path, to: str = DEFAULT, *, force: bool = False) -
         with_weights = [f.name for f in FORMATS.values() if f.weights]
         raise Mistake(f"--proxy and --seed choose weights: for --format {', '.join(with_weights)}")
     _require_free(out, force)
+    if out.resolve() == Path.cwd():
+        raise Mistake(f"{out} is the folder that this command runs in; name one inside it")
     missing = [folder for folder in out.parents if not folder.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = out.with_name(f".{out.name}.{os.getpid()}.part")

@@ -32,10 +32,11 @@ def write_genome(order: Order, folder: Path) -> dict[str, Any]:
     return {}
 
 
-def write_design(order: Order, folder: Path) -> None:
-    """What every format with a genome holds: genome, costs and scores."""
+def write_design(order: Order, folder: Path, vocab: int | None = None) -> None:
+    """What every format with a genome holds: genome, costs and scores. `vocab` is that of the
+    weights in the folder; None where there are none."""
     genome = order.source.genome
     dump(genome, folder / "genome.yaml")
     dump(genome, folder / "genome.json")
-    write(folder / "costs.json", costs(genome))
+    write(folder / "costs.json", costs(genome, vocab))
     write(folder / "scores.json", scores(order.source))

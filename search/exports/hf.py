@@ -73,6 +73,10 @@ NO_TOKENIZER = (
     "text."
 )
 
+FOREIGN_TOKENIZER = (
+    "There is no tokenizer: the model has {vocab:,} tokens and nothing here says what they are."
+)
+
 PADDING = (
     "`generate` decodes with a cache (greedy, sampling, beams). Rows may be padded to the left, "
     "or, without a cache, to the right; an `attention_mask` tells it, and a padded row gives what "
@@ -109,11 +113,13 @@ def write_hf(order: Order, folder: Path) -> dict[str, Any]:
         tensors = {PREFIX + name: tensor for name, tensor in weights.tensors.items()}
         save_file(tensors, folder / WEIGHTS, {"format": "pt"})
         save_file(reference(order, weights), folder / REFERENCE)
-    write_design(order, folder)
+    vocab = None if weights is None else weights.vocab
+    write_design(order, folder, vocab)
     text = card(
         source,
         weights=_whose(weights),
         files=FILES,
+        vocab=vocab,
         uses=("mendel verify .", "mendel show genome.yaml"),
         before=_front_matter(),
         more=_usage(weights, is_text, source.genome.vocab),
@@ -186,6 +192,11 @@ def _front_matter() -> list[str]:
 
 
 def _usage(weights: Weights | None, is_text: bool, vocab: int) -> list[str]:
-    words = BYTES if is_text else NO_TOKENIZER.format(vocab=weights.vocab if weights else vocab)
+    if is_text:
+        words = BYTES
+    elif weights is not None:
+        words = NO_TOKENIZER.format(vocab=weights.vocab)
+    else:
+        words = FOREIGN_TOKENIZER.format(vocab=vocab)
     paragraphs = [LOAD if weights is not None else FRESH, words, PADDING, TRAINING]
     return ["## Use", "", *(line for text in paragraphs for line in (text, ""))]

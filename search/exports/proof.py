@@ -16,9 +16,14 @@ OWN = "sha256"
 """The key of the file's own hash: of its other keys as JSON, sorted."""
 
 
+CLUTTER = (".git", ".gitattributes", ".cache")
+"""What clones and downloads of a model hub put beside an export's files; no loader reads them."""
+
+
 def files_of(folder: Path) -> list[Path]:
-    """Every file below a folder, in order."""
-    return sorted(p for p in folder.rglob("*") if p.is_file())
+    """Every file below a folder but for the hub's own, in order."""
+    found = (p for p in folder.rglob("*") if p.relative_to(folder).parts[0] not in CLUTTER)
+    return sorted(p for p in found if p.is_file())
 
 
 def sha256(path: Path) -> str:

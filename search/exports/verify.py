@@ -1,6 +1,10 @@
 """Proof of an export: each check is run and named, and the first that fails is told.
 
 Checks of a model run its own code, as a stranger's machine would; so verify folders that you trust.
+Where a file is not as it was sealed, that code is not run.
+
+The hashes find damage and slips. They are no signature: who changes a file on purpose can seal the
+folder anew. So the check of the files tells the seal, to be compared with what the author gives.
 """
 
 from __future__ import annotations
@@ -12,14 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...genome.files import GenomeFileError, load
-from ...genome.genome import GRAMMAR_VERSION, Genome
+from ...genome.genome import GRAMMAR_VERSION
 from ...genome.hash import canonical_hash
 from ...genome.notation import NotationError, parse
 from ..terminal import Mistake, clean
 from .facts import VERSION, costs
 from .folder import is_export
 from .formats import FORMATS
-from .proof import PROVENANCE, differences, read_facts
+from .proof import OWN, PROVENANCE, differences, read_facts
 
 
 class Failed(Exception):
@@ -48,6 +52,12 @@ class Check(NamedTuple):
     gate: bool = False
 
 
+GATES = ("files", "genome")
+"""What a model's code is not run without."""
+
+UNTOUCHED = "its code is not run: the folder is not as it was sealed"
+
+
 def verify(folder: Path) -> Iterator[Result]:
     """The checks of an export one after the other, all of them but those that a failure makes
     pointless. Raises Mistake where the folder is no export or of a newer grammar or format."""
@@ -60,8 +70,13 @@ def verify(folder: Path) -> Iterator[Result]:
         yield Result("files", "failed", f"{PROVENANCE} is not what an export writes")
         return
     _require_readable(folder, facts)
-    yield from run([Check("files", lambda: _files(folder, facts)), *_design(folder, facts)])
-    if facts["format"] == "hf":
+    whole = True
+    for result in run([Check("files", lambda: _files(folder, facts)), *_design(folder, facts)]):
+        whole = whole and not (result.name in GATES and result.state == "failed")
+        yield result
+    if facts["format"] == "hf" and not whole:
+        yield Result("model", "skipped", UNTOUCHED)
+    elif facts["format"] == "hf":
         # Not at the top: only this needs transformers.
         from .verify_model import checks
 
@@ -108,14 +123,16 @@ def _files(folder: Path, facts: dict[str, Any]) -> str:
     wrong = differences(folder, facts)
     if wrong:
         raise Failed("; ".join(wrong))
-    return f"{len(facts['files']) + 1} files are as they were written"
+    return f"{len(facts['files']) + 1} files are as they were sealed: {facts[OWN]}"
 
 
 def _design(folder: Path, facts: dict[str, Any]) -> list[Check]:
     """The checks of the genome and of what follows from it."""
-    told = facts["genome"]
+    told: Any = facts.get("genome")
 
     def genome() -> str:
+        if not (isinstance(told, dict) and {"notation", "hash"} <= told.keys()):
+            raise Failed(f"{PROVENANCE} names no genome")
         try:
             found = parse(told["notation"])
             for path in _genome_files(folder):
@@ -139,7 +156,7 @@ def _design(folder: Path, facts: dict[str, Any]) -> list[Check]:
         if not path.exists():
             raise Skipped("the format holds no costs")
         written = json.loads(path.read_text(encoding="utf-8"))
-        counted = clean(costs(parse(told["notation"])))
+        counted = clean(costs(parse(told["notation"]), _vocab(facts)))
         if written != json.loads(json.dumps(counted)):
             raise Failed("costs.json is not what this version of mendel counts for the genome")
         return f"{written['params']:,} parameters"
@@ -151,10 +168,11 @@ def _design(folder: Path, facts: dict[str, Any]) -> list[Check]:
     ]
 
 
+def _vocab(facts: dict[str, Any]) -> int | None:
+    """The vocabulary of the weights in the folder; None where there are none."""
+    weights = facts.get("weights")
+    return weights["vocab"] if isinstance(weights, dict) else None
+
+
 def _genome_files(folder: Path) -> list[Path]:
     return [p for p in (folder / "genome.yaml", folder / "genome.json") if p.exists()]
-
-
-def genome_of(facts: dict[str, Any]) -> Genome:
-    """The genome that provenance.json names."""
-    return parse(facts["genome"]["notation"])

@@ -7,6 +7,7 @@ logits that were stored at the export and with Mendel's own model of the same ge
 from __future__ import annotations
 
 import atexit
+import copy
 import json
 import os
 import shutil
@@ -30,7 +31,7 @@ from ...genome.model import LanguageModel
 from ...genome.notation import parse
 from ...genome.resolve import blueprint
 from ..terminal import Mistake
-from .hf import PREFIX, REFERENCE, WEIGHTS
+from .hf import AUTO_MAP, PREFIX, REFERENCE, WEIGHTS
 from .proof import files_of
 from .verify import Check, Failed, Skipped
 
@@ -80,14 +81,19 @@ class Exported:
         return load_file(path) if path.exists() else None
 
     @cached_property
-    def own(self) -> LanguageModel:
-        """Mendel's model of the same genome and weights, or fresh ones of seed 0."""
+    def fresh(self) -> LanguageModel:
+        """Mendel's model of the genome, with weights of seed 0."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = build(self.genome, self.config["vocab_size"])
+            return build(self.genome, self.config["vocab_size"])
+
+    @cached_property
+    def own(self) -> LanguageModel:
+        """Mendel's model with the folder's weights, or its fresh ones."""
         if self.tensors is not None:
-            model.load_state_dict({k.removeprefix(PREFIX): t for k, t in self.tensors.items()})
-        return model.eval()
+            tensors = {k.removeprefix(PREFIX): t for k, t in self.tensors.items()}
+            self.fresh.load_state_dict(tensors)
+        return self.fresh.eval()
 
     @cached_property
     def model(self) -> Any:
@@ -97,19 +103,19 @@ class Exported:
     @cached_property
     def exact(self) -> Any:
         """The same in float64, where two forms of one function agree however they round."""
-        return self.load(torch.float64)
+        return copy.deepcopy(self.model).to(torch.float64)
 
-    def load(self, dtype: torch.dtype = torch.float32, folder: Path | None = None) -> Any:
+    def load(self, folder: Path | None = None) -> Any:
         """From a folder, or this one, as anybody does it; without weights fresh ones of seed 0."""
         auto = self.package.AutoModelForCausalLM
         if self.tensors is not None or folder is not None:
             place = str(folder or self.folder)
-            return auto.from_pretrained(place, trust_remote_code=True, dtype=dtype).eval()
+            return auto.from_pretrained(place, trust_remote_code=True, dtype=torch.float32).eval()
         config = self.package.AutoConfig.from_pretrained(str(self.folder), trust_remote_code=True)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = auto.from_config(config, trust_remote_code=True)
-        return model.to(dtype).eval()
+        return model.eval()
 
     def tokens(self, rows: int = 2, length: int = LENGTH, seed: int = 1) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -150,6 +156,8 @@ def _config(it: Exported) -> str:
         raise Failed("config.json holds another genome")
     if it.config.get("blueprint") != json.loads(json.dumps(encode(blueprint(it.genome)))):
         raise Failed("the blueprint in config.json is not the genome's in this version of mendel")
+    if it.config.get("auto_map") != AUTO_MAP:
+        raise Failed("config.json names other code than the folder's")
     return "the blueprint is the genome's"
 
 
@@ -157,8 +165,7 @@ def _weights(it: Exported) -> str:
     """The file has the weights of the genome's model, all, finite and each once."""
     if it.tensors is None:
         raise Skipped("there are no weights: the checks run with fresh ones")
-    wanted = build(it.genome, it.config["vocab_size"])
-    shapes = {PREFIX + k: t.shape for k, t in wanted.state_dict().items()}
+    shapes = {PREFIX + k: t.shape for k, t in it.fresh.state_dict().items()}
     found = {k: t.shape for k, t in it.tensors.items()}
     if shapes != found:
         odd = sorted(k for k in shapes.keys() | found.keys() if shapes.get(k) != found.get(k))
@@ -283,7 +290,7 @@ def _tied(it: Exported) -> str:
 def _gradients(it: Exported) -> str:
     """Labels give a loss, and the loss gradients."""
     x = it.tokens()
-    model = it.load().train()
+    model = copy.deepcopy(it.model).train()
     out = model(x, labels=x)
     plain = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
     out.loss.backward()
