@@ -113,10 +113,14 @@ TILE_PRODUCTS = ("#ttg.nvidia_mma<", "ttng.warp_group_dot", "ttng.tc_gen5_mma")
 
 @dataclass(frozen=True)
 class Laid:
-    """A kernel laid out for a chip: shared bytes of a program, and whether it multiplies tiles."""
+    """A kernel laid out for a chip: shared bytes of a program, and how it multiplies tiles."""
 
     shared: int
-    matrix: bool
+    products: tuple[str, ...]
+
+    @property
+    def matrix(self) -> bool:
+        return bool(self.products)
 
 
 def source(name: str, i: int, config: Config) -> tuple[Any, dict[str, int]]:
@@ -156,6 +160,11 @@ def compile_for(name: str, i: int, config: Config, capability: int) -> Any:
 
 
 def lay_out(name: str, i: int, config: Config, capability: int) -> Laid:
+    """The i-th kernel of a list in one configuration."""
+    return laid_out(*source(name, i, config), capability)
+
+
+def laid_out(parsed: Any, options: dict[str, int], capability: int) -> Laid:
     """As far as a program's memory is known.
 
     Triton's own passes up to the allocation of shared memory: LLVM and the assembler, which come
@@ -167,7 +176,6 @@ def lay_out(name: str, i: int, config: Config, capability: int) -> Laid:
     from triton.backends.nvidia.compiler import get_ptx_version_from_options
     from triton.compiler.compiler import make_backend
 
-    parsed, options = source(name, i, config)
     target = GPUTarget("cuda", capability, 32)
     backend = make_backend(target)
     chosen = backend.parse_options(options)
@@ -190,7 +198,9 @@ def lay_out(name: str, i: int, config: Config, capability: int) -> Laid:
     passes.gluon.add_inliner(manager)
     nvidia.passes.ttgpuir.add_allocate_shared_memory_nv(manager, capability, version)
     manager.run(made, "lay_out")
-    return Laid(made.get_int_attr("ttg.shared"), any(word in text for word in TILE_PRODUCTS))
+    return Laid(
+        made.get_int_attr("ttg.shared"), tuple(word for word in TILE_PRODUCTS if word in text)
+    )
 
 
 def main() -> None:
