@@ -53,7 +53,8 @@ def test_equals_definition(op: str) -> None:
     A softmax has the roundings of its logits in its exponents: 3e-6 where these are near 20.
     """
     found = {name: errors for name, errors in _errors().items() if name.startswith(op)}
-    assert len(found) >= 10
+    assert len(found) >= 7
+    assert sum(name.endswith("float16") for name in found) >= 2
     for name, errors in found.items():
         exact = 3e-6 if op == "linear_cross_entropy" else 1e-6
         bound = 2e-3 if name.endswith("float16") else exact
