@@ -220,11 +220,13 @@ def verify_command(
     """
     found = list(verify(folder))
     failed = [r.name for r in found if r.state == "failed"]
+    sealed = read_facts(folder).get(OWN)
     if as_json:
         print_json(
             {
                 "folder": str(folder),
                 "verified": not failed,
+                "seal": sealed,
                 "checks": [asdict(r) for r in found],
             }
         )
@@ -232,5 +234,8 @@ def verify_command(
         rows = [[r.name, r.state, r.said] for r in found]
         styles = ["bold red" if r.state == "failed" else None for r in found]
         print_table(["check", "", "found"], rows, fold=["found"], styles=styles)
-        say(f"{folder}: failed: {', '.join(failed)}" if failed else f"{folder} is verified.")
+        if failed:
+            say(f"{folder}: failed: {', '.join(failed)}")
+        else:
+            say(f"{folder} is verified; its seal is {sealed}")
     return 1 if failed else 0

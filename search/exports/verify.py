@@ -4,7 +4,7 @@ Checks of a model run its own code, as a stranger's machine would; so verify fol
 Where a file is not as it was sealed, that code is not run.
 
 The hashes find damage and slips. They are no signature: who changes a file on purpose can seal the
-folder anew. So the check of the files tells the seal, to be compared with what the author gives.
+folder anew. So the command tells the seal, to be compared with what the author gives.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..terminal import Mistake, clean
 from .facts import VERSION, costs
 from .folder import is_export
 from .formats import FORMATS
-from .proof import OWN, PROVENANCE, differences, read_facts
+from .proof import PROVENANCE, differences, read_facts
 
 
 class Failed(Exception):
@@ -123,7 +123,7 @@ def _files(folder: Path, facts: dict[str, Any]) -> str:
     wrong = differences(folder, facts)
     if wrong:
         raise Failed("; ".join(wrong))
-    return f"{len(facts['files']) + 1} files are as they were sealed: {facts[OWN]}"
+    return f"{len(facts['files']) + 1} files are as they were sealed"
 
 
 def _design(folder: Path, facts: dict[str, Any]) -> list[Check]:
