@@ -23,6 +23,10 @@ LEAST_SHARE = 0.75
 """A motif covers at least so much of the slots; where less repeats, repeating it further would
 change the proportions of what stands around it."""
 
+WHOLE = 16
+"""A genome of at most so many slots without a motif is one itself: the largest that is published,
+Jamba's of eight layers (arXiv 2403.19887), has as many."""
+
 _Renaming = Mapping[tuple[Kind, str], str]
 
 
@@ -226,14 +230,15 @@ class Repeated:
         """What was done, in words; with `fresh` there was no other number before."""
         motif = self.motif
         turns, more = divmod(count, len(self.ends))
-        stands = f"the motif of {_slots(motif.period)} stands {_times(turns)}"
+        what = "whole genome" if motif.repeats == 1 else "motif"
+        stands = f"the {what} of {_slots(motif.period)} stands {_times(turns)}"
         if more:
             stands += f" and its first {_slots(self.ends[more - 1])} once more"
         around = self.slots - motif.period * motif.repeats
         rest = f", the {_slots(around)} around it once" if around else ""
         if count == self.own and not fresh:
             return f"{stands}, as before{rest}"
-        before = "" if fresh else f", before {_times(motif.repeats)}"
+        before = "" if fresh or motif.repeats == 1 else f", before {_times(motif.repeats)}"
         return f"{stands}{before}{rest}: {_slots(self.depth(count))}"
 
 
@@ -336,9 +341,15 @@ class Stretched:
 Pattern = Repeated | Stretched
 
 
-def pattern_of(genome: Genome) -> Pattern:
-    """How a genome's slots become more or fewer."""
+def pattern_of(genome: Genome, repeat: bool | None = None) -> Pattern:
+    """How a genome's slots become more or fewer.
+
+    Where no motif repeats in it, the genome is repeated whole (`repeat`) or stretched; None: the
+    first with at most `WHOLE` slots.
+    """
     motif = find_motif(genome)
+    if motif is None and (len(genome.slots) <= WHOLE if repeat is None else repeat):
+        motif = Motif(0, len(genome.slots), 1)
     if motif is not None:
         body = genome.slots[motif.start : motif.start + motif.period]
         ends = (*_starts(body)[1:], motif.period)

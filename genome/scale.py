@@ -59,6 +59,7 @@ class Wish:
     aspect: float | None = None
     width: int | None = None
     depth: int | None = None
+    repeat: bool | None = None
     bound: float = BOUND
 
     def check(self) -> None:
@@ -110,7 +111,7 @@ class _Search:
 
     def __init__(self, genome: Genome, wish: Wish) -> None:
         self.genome, self.wish = genome, wish
-        self.pattern: Pattern = pattern_of(genome)
+        self.pattern: Pattern = pattern_of(genome, wish.repeat)
         self.widths = _widths(genome, wish)
         self.counts = _counts(self.pattern, wish.depth)
         whole = [n for n in self.counts if self.pattern.whole(n)]
@@ -256,15 +257,17 @@ def scale(
     aspect: float | None = None,
     width: int | None = None,
     depth: int | None = None,
+    repeat: bool | None = None,
     bound: float = BOUND,
 ) -> Scaled:
     """The genome with so many parameters, all of them or with `active` those that a token uses.
 
     `aspect` is the wanted width over layers of two slots (published models' where it is None);
-    `width` and `depth` (slots) pin one of the two. Raises ScaleError where no width and depth come
-    within `bound` of the size, InvalidGenome where the genome is none.
+    `width` and `depth` (slots) pin one of the two. `repeat` is for a genome without a motif: it is
+    repeated whole, or with False stretched (None: see `pattern_of`). Raises ScaleError where no
+    width and depth come within `bound` of the size, InvalidGenome where the genome is none.
     """
-    return _scale(genome, Wish(params, active, aspect, width, depth, bound), fresh=False)
+    return _scale(genome, Wish(params, active, aspect, width, depth, repeat, bound), fresh=False)
 
 
 def scale_preset(
@@ -287,7 +290,7 @@ def scale_preset(
     header = {**preset.header, "width": SAMPLE_WIDTH}
     if vocab is not None:
         header["vocab"] = vocab
-    wish = Wish(params, active, aspect, width, depth, bound)
+    wish = Wish(params, active, aspect, width, depth, bound=bound)
     if preset.small is None:
         return _scale(_twice(preset.motif, header), wish, fresh=True)
     below = preset.small["below"]

@@ -12,6 +12,7 @@ from ..genome import presets
 from ..genome.cost import cost
 from ..genome.files import text_of
 from ..genome.header import HEADER
+from ..genome.motif import WHOLE
 from ..genome.notation import show as notation
 from ..genome.scale import BOUND, GROWN, Scaled, scale_preset
 from ..genome.scale import scale as scale_genome
@@ -67,6 +68,14 @@ def scale(
     depth: Annotated[
         int | None, typer.Option(min=1, help="Pin the number of slots and choose the width.")
     ] = None,
+    repeat: Annotated[
+        bool | None,
+        typer.Option(
+            "--repeat/--stretch",
+            help="Of a genome in which no motif repeats: repeat it whole (the default up to "
+            f"{WHOLE} slots), or stretch its blocks in their order.",
+        ),
+    ] = None,
     vocab: Annotated[
         str | None, typer.Option(help="Size of the vocabulary, such as 50k; the genome's own.")
     ] = None,
@@ -96,7 +105,15 @@ def scale(
         )
     else:
         genome = source.genome if alphabet is None else replace(source.genome, vocab=alphabet)
-        made = scale_genome(genome, wanted, active=active, aspect=aspect, width=width, depth=depth)
+        made = scale_genome(
+            genome,
+            wanted,
+            active=active,
+            aspect=aspect,
+            width=width,
+            depth=depth,
+            repeat=repeat,
+        )
     if out is not None:
         write_new({out: text_of(made.genome, out)})
     if as_json:

@@ -24,7 +24,7 @@ def test_scale_writes_a_genome_that_show_reads(call: Call, tmp_path: Path) -> No
     lines = out.splitlines()
     assert max(map(len, lines)) <= 80
     assert "that were asked for" in out
-    assert "the 4 blocks are stretched" in out
+    assert "the whole genome of 8 slots stands" in out
     assert lines[-1] == "Written to big.yaml."
     genome = load(tmp_path / "big.yaml")
     assert genome.vocab == 50_000

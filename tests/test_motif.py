@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 
 from mendel.genome.genome import Genome, Slot
 from mendel.genome.header import MAX_SLOTS
-from mendel.genome.motif import LEAST_SHARE, Motif, Repeated, find_motif, pattern_of
+from mendel.genome.motif import (
+    LEAST_SHARE,
+    WHOLE,
+    Motif,
+    Repeated,
+    Stretched,
+    find_motif,
+    pattern_of,
+)
 from mendel.genome.notation import parse, show_slots
 from mendel.genome.resolve import groups, primitive_of
 from mendel.genome.rules import violations
@@ -66,10 +74,10 @@ def test_a_motif_is_found_and_is_the_smallest(
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.integers(1, 40))
-def test_every_number_has_its_depth_and_sources(order: list[int], place: int) -> None:
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.integers(1, 40), st.booleans())
+def test_every_number_has_its_depth_and_sources(order: list[int], place: int, repeat: bool) -> None:
     made = genome(tuple(UNITS[i] for i in order))
-    pattern = pattern_of(made)
+    pattern = pattern_of(made, repeat)
     counts = pattern.counts()
     assert pattern.make(made, pattern.own) == made
     count = counts[min(place, len(counts) - 1)]
@@ -135,9 +143,19 @@ def test_a_cut_leaves_no_lone_label() -> None:
     assert violations(cut) == []
 
 
+def test_a_short_genome_without_a_motif_is_repeated_whole() -> None:
+    made = parse("[mamba2 > swiglu]*3 > mha(weights=@a) > swiglu > mha(weights=@a) > swiglu")
+    grown = pattern_of(made).make(made, 2 * 5)
+    assert grown.slots[:10] == made.slots
+    assert [op.name for *_, op in grown.ops()] == [op.name for *_, op in made.ops()] * 2
+    # Each repeat shares among its own.
+    assert list(groups(grown, "weights").values()) == [[(6, 0), (8, 0)], [(16, 0), (18, 0)]]
+    assert isinstance(pattern_of(parse(f"[mamba2 > swiglu]*{WHOLE // 4} > mha*{WHOLE}")), Stretched)
+
+
 def test_stretching_keeps_order_and_proportion() -> None:
     made = parse("[mamba2 > swiglu]*2 > [mha | gru] > gelu-mlp > mha > swiglu")
-    pattern = pattern_of(made)
+    pattern = pattern_of(made, repeat=False)
     assert show_slots(pattern.make(made, 12).slots) == (
         "[mamba2 > swiglu]*6 > [[mha | gru] > gelu-mlp]*3 > [mha > swiglu]*3"
     )
@@ -151,7 +169,7 @@ def test_stretching_keeps_order_and_proportion() -> None:
 @pytest.mark.parametrize("count", [3, 5, 8, 13])
 def test_stretched_lenders_stand_before_their_borrowers(count: int) -> None:
     made = parse("gqa(features=@a) > swiglu > mamba2(key_dim=8) > gqa(features=@a) > gelu-mlp")
-    grown = pattern_of(made).make(made, count)
+    grown = pattern_of(made, repeat=False).make(made, count)
     assert violations(grown) == []
     found = list(groups(grown, "features").values())
     first = [slot for slot, _ in itertools.groupby(grown.slots)].index(made.slots[2])
