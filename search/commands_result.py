@@ -237,5 +237,7 @@ def verify_command(
         if failed:
             say(f"{folder}: failed: {', '.join(failed)}")
         else:
-            say(f"{folder} is verified; its seal is {sealed}")
+            skipped = [r.name for r in found if r.state == "skipped"]
+            but = f" but for what was skipped ({', '.join(skipped)})" if skipped else ""
+            say(f"{folder} is verified{but}; its seal is {sealed}")
     return 1 if failed else 0

@@ -73,7 +73,9 @@ def test_other_formats_are_proved(design: Path, tmp_path: Path, call: Call) -> N
     code, out, _ = call("verify", str(design))
     assert code == 0
     assert "is verified" in out
+    assert "skipped" not in out
     card = export(Order(find_genome("mamba2")), tmp_path / "card", "card")
+    assert "is verified but for what was skipped (costs)" in call("verify", str(card))[1]
     assert {r.name: r.state for r in verify(card)} == {
         "files": "passed",
         "genome": "passed",

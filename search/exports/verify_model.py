@@ -164,7 +164,7 @@ def _config(it: Exported) -> str:
 def _weights(it: Exported) -> str:
     """The file has the weights of the genome's model, all, finite and each once."""
     if it.tensors is None:
-        raise Skipped("there are no weights: the checks run with fresh ones")
+        raise Skipped("there are no weights: a model that is built has fresh ones")
     shapes = {PREFIX + k: t.shape for k, t in it.fresh.state_dict().items()}
     found = {k: t.shape for k, t in it.tensors.items()}
     if shapes != found:
