@@ -304,6 +304,7 @@ def test_the_folder_tells_whose_weights_it_holds(folder: Path) -> None:
     card = (folder / "README.md").read_text()
     assert "not a language model" in card
     assert "after_step" in card
+    assert "AutoTokenizer.from_pretrained(folder, trust_remote_code=True)" in card
 
 
 def test_another_seed_is_asked_for(training: Path, tmp_path: Path) -> None:

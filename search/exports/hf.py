@@ -64,8 +64,10 @@ model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
 ```"""
 
 BYTES = (
-    "`AutoTokenizer` loads the tokenizer: the UTF-8 bytes of a text are its tokens, and the zero "
-    "byte, which ends each document of a training text, is begin, end and padding."
+    "`AutoTokenizer.from_pretrained(folder, trust_remote_code=True)` loads the tokenizer (without "
+    "the flag transformers asks whether it may read the model's configuration): the UTF-8 bytes of "
+    "a text are its tokens, and the zero byte, which ends each document of a training text, is "
+    "begin, end and padding."
 )
 
 NO_TOKENIZER = (
