@@ -286,6 +286,18 @@ def forms() -> Iterator[tuple[str, str, str]]:
             yield decay, form, f"{decay}-{form}"
 
 
+@torch.no_grad()
+def stepped(module: Recurrence, x: Tensor) -> Tensor:
+    """The outputs for x (B, T, D), token by token."""
+    state, steps = module.init_state(x.shape[0], x.shape[1], x.dtype), []
+    for t in range(x.shape[1]):
+        out, after = module(x[:, t : t + 1], state)
+        assert after is not None
+        steps.append(out)
+        state = after
+    return torch.cat(steps, 1)
+
+
 @pytest.mark.parametrize(("decay", "form"), [pytest.param(d, f, id=name) for d, f, name in forms()])
 @pytest.mark.parametrize("size", [1e-3, 30.0, 3000.0])
 def test_extreme_decays_of_every_form(decay: str, form: str, size: float) -> None:
@@ -297,12 +309,8 @@ def test_extreme_decays_of_every_form(decay: str, form: str, size: float) -> Non
     y = module(x)[0]
     y.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
-    state = module.init_state(2, 70, x.dtype)
-    steps = []
-    with torch.no_grad():
-        for t in range(70):
-            out, after = module(x[:, t : t + 1], state)
-            assert after is not None
-            steps.append(out)
-            state = after
-    assert error(torch.cat(steps, 1), y.detach()) < 1e-5
+    # In float32 a projection of values of thousands is itself rounded by 1e-4, differently for one
+    # token and for many, and a decay is its exponential: there only float64 tells the forms apart.
+    for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        if dtype == torch.float64 or size < 3000:
+            assert error(stepped(module.to(dtype), x.to(dtype)), module(x.to(dtype))[0]) < bound
