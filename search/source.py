@@ -97,9 +97,9 @@ def _find(text: str, width: int | None, depth: int | None) -> Source:
         return Source(text, text, published.load(text))
     if _is_word(text) and text not in names():
         sentence = f"no preset, primitive, file or trial is named {text!r}"
-        known = [*presets.names(), *published.names()]
-        allowed = f"presets are {', '.join(known)}"
-        raise Mistake(unknown(sentence, text, [*known, *names()], allowed))
+        known = [*presets.names(), *published.names(), *names()]
+        allowed = f"presets are {', '.join(presets.names())}; mendel presets lists models too"
+        raise Mistake(unknown(sentence, text, known, allowed))
     if depth is not None:
         raise Mistake("--depth is for presets; a notation has the slots that it names")
     return Source(text, "genome", parse(text, width=DEFAULT_WIDTH if width is None else width))

@@ -34,14 +34,17 @@ def export(order: Order, out: Path, to: str = DEFAULT, *, force: bool = False) -
     missing = [folder for folder in out.parents if not folder.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = out.with_name(f".{out.name}.{os.getpid()}.part")
+    older = out.with_name(f".{out.name}.{os.getpid()}.old")
     scratch.mkdir()
     try:
         more = FORMATS[to].write(order, scratch)
         seal(scratch, {**provenance(order, to), **more})
         check(order, scratch)
         if out.exists():
-            shutil.rmtree(out)
+            # A crash between the two leaves the old folder under this name.
+            out.rename(older)
         scratch.rename(out)
+        shutil.rmtree(older, ignore_errors=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         for folder in missing:
