@@ -95,7 +95,7 @@ def test_published_models_are_their_genomes_by_the_library(name: str) -> None:
 
 
 @pytest.mark.parametrize("family", OWN)
-def test_nonsense_is_refused_in_a_sentence_or_has_no_effect(family: str) -> None:
+def test_nonsense_raises_nothing_but_a_sentence(family: str) -> None:
     small = {} if family == "nemotron_h" else {"num_hidden_layers": 4}
     values = _values(_class(family)(**SIZES.get(family, {}), **small), True)
     aliases, defaults = FAMILIES[family].aliases, FAMILIES[family].defaults
