@@ -29,11 +29,18 @@ AUTO: Any = transformers.AutoModelForCausalLM
 SIZES: dict[str, dict[str, Any]] = {
     # The class has no default for the one, and a width of experts that no genome has for the other.
     "deepseek_v2": {"num_experts_per_tok": 6, "moe_intermediate_size": 1408},
+    # Without it the class forgets its window.
+    **{name: {"use_sliding_window": True} for name in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")},
 }
-"""What a class needs to be a model."""
+"""What a class needs to be a model, and to keep its defaults."""
 
-DERIVED = {"rope_theta", "partial_rotary_factor"}
+DERIVED = ("rope_theta", "partial_rotary_factor")
 """Defaults that the classes keep inside `rope_parameters`."""
+IN_CODE = {
+    *("first_k_dense_replace", "full_attention_interval", "sliding_window_pattern"),
+    *("rope_parameters", "rope_local_base_freq"),
+}
+"""Defaults that stand in the code of some classes. What follows from them is compared below."""
 
 
 BASES = {"falcon-h1-0.5b": 1e11, "qwen3-next-80b-a3b": 1e7}
@@ -54,27 +61,30 @@ def test_defaults_are_those_of_the_class(family: str) -> None:
     theirs = _class(family)(**SIZES.get(family, {}))
     assert theirs.model_type == family
     others = {new: old for old, new in FAMILIES[family].aliases.items()}
+    known = theirs.to_dict()
+    turns = known.get("rope_parameters") or {}
+    turns = turns.get("full_attention", turns)
+    known |= {name: turns[name] for name in DERIVED if name in turns}
     for name, value in FAMILIES[family].defaults.items():
-        found = theirs.rope_parameters if name in DERIVED else theirs.to_dict()
-        known = found[name] if name in found else found[others[name]]
-        if value != "auto" and name not in SIZES.get(family, {}):
-            assert known == value, name
+        if value != "auto" and name not in IN_CODE and name not in SIZES.get(family, {}):
+            assert (known[name] if name in known else known[others[name]]) == value, name
 
 
 @pytest.mark.parametrize("family", OWN)
-@pytest.mark.parametrize("whole", [True, False], ids=["whole", "without defaults"])
-def test_parameters_are_those_of_the_class_at_its_default_size(family: str, whole: bool) -> None:
+def test_parameters_are_those_of_the_class_at_its_default_size(family: str) -> None:
     config = _class(family)(**SIZES.get(family, {}))
-    found = imported.read(_values(config, whole))
+    found = imported.read(_values(config, whole=True))
     assert found.family == family
-    assert found.unread == ()
-    if whole:
-        with torch.device("meta"):
-            theirs = AUTO.from_config(config)
-        assert cost(found.genome).total.params == sum(p.numel() for p in theirs.parameters())
-    else:
-        again = imported.read(_values(config, True)).genome
-        assert canonical_hash(found.genome) == canonical_hash(again)
+    with torch.device("meta"):
+        theirs = AUTO.from_config(config)
+    assert cost(found.genome).total.params == sum(p.numel() for p in theirs.parameters())
+    # What a file leaves out is the class' default.
+    bare = {"model_type": family, **SIZES.get(family, {})}
+    for values in (_values(config, whole=False), bare):
+        again = imported.read(values)
+        assert canonical_hash(again.genome) == canonical_hash(found.genome)
+        assert again.differs == found.differs
+        assert found.unread == again.unread == ()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -82,6 +92,7 @@ def test_published_models_are_their_genomes(name: str) -> None:
     found = imported.read(CONFIGS[name])
     assert canonical_hash(found.genome) == canonical_hash(published.load(name))
     assert found.unread == ()
+    _are_told(found.differs, name)
 
 
 @pytest.mark.parametrize("name", REFERENCES)
@@ -92,6 +103,12 @@ def test_published_models_are_their_genomes_by_the_library(name: str) -> None:
     found = imported.read(values)
     assert canonical_hash(found.genome) == canonical_hash(published.load(name))
     assert found.unread == ()
+    _are_told(found.differs, name)
+
+
+def _are_told(differs: tuple[str, ...], name: str) -> None:
+    """Differences other than an epsilon are said of the published model too."""
+    assert all("epsilon" in said for said in differs) or published.describe(name).differs
 
 
 @pytest.mark.parametrize("family", OWN)
@@ -173,6 +190,24 @@ def test_nonsense_there_too(name: str) -> None:
         ({"model_type": "mamba", "use_conv_bias": False}, "use_conv_bias is false: a genome's"),
         ({"model_type": "lfm2", "conv_bias": True}, "conv_bias is true: no axis"),
         ({"num_hidden_layers": 600}, "num_hidden_layers=600: a genome has at most 512 slots"),
+        ({"model_type": "nemotron_h", "tie_word_embeddings": True}, "has a head of its own"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5: the library's class turns"),
+        (
+            {"model_type": "bamba", "partial_rotary_factor": 0.25},
+            "partial_rotary_factor is 0.25: the library's class turns half",
+        ),
+        (
+            {"model_type": "phi3", "head_dim": 10, "partial_rotary_factor": 0.5},
+            "partial_rotary_factor is 0.5: 5 channels of a head are no pairs to turn",
+        ),
+        (
+            {"model_type": "lfm2", "block_ff_dim": 4096},
+            "block_ff_dim is 4096 and intermediate_size is 11008: they are two names of one field",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": "4"}},
+            "rope_scaling.factor is a number above 0, not '4'",
+        ),
     ],
 )
 def test_what_no_genome_has_is_refused_by_its_field(changes: dict[str, Any], sentence: str) -> None:
@@ -215,6 +250,34 @@ def test_a_scaling_of_rope_that_the_genome_has_is_no_difference() -> None:
         found = imported.read({**CONFIGS["llama-2-7b"], "rope_scaling": scaling})
         assert len(found.differs) == 1
         assert ("rope_scaling", text) in found.genome.slots[0].branches[0].genes
+
+
+def test_of_two_descriptions_of_rope_the_scaling_stands_first_as_in_the_library() -> None:
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    both = {"rope_scaling": scaling, "rope_parameters": {"rope_type": "default"}}
+    found = imported.read({**CONFIGS["llama-2-7b"], **both}).genome
+    assert found == imported.read({**CONFIGS["llama-2-7b"], "rope_scaling": scaling}).genome
+    assert found != imported.read(CONFIGS["llama-2-7b"]).genome
+
+
+def test_fields_inside_of_fields_are_read_or_named() -> None:
+    kinds = {"full_attention": {"rope_theta": 500.0}, "factor": 2.0}
+    found = imported.read({**CONFIGS["llama-2-7b"], "rope_scaling": kinds})
+    assert found.unread == ("rope_scaling.full_attention",)
+    linear = {**CONFIGS["kimi-linear-48b-a3b"]["linear_attn_config"], "gate": 3}
+    kimi = imported.read({**CONFIGS["kimi-linear-48b-a3b"], "linear_attn_config": linear})
+    assert kimi.unread == ("linear_attn_config.gate",)
+
+
+def test_the_weight_of_a_single_expert_is_a_difference() -> None:
+    """The library divides it by itself; a genome does not, for then no router would learn."""
+    found = imported.read({**CONFIGS["mixtral-8x7b"], "num_experts_per_tok": 1})
+    assert "the weight of a single expert" in " ".join(found.differs)
+
+
+def test_experts_without_shared_ones() -> None:
+    found = imported.read({**CONFIGS["deepseek-v3"], "n_shared_experts": 0})
+    assert ("shared", 0) in found.genome.slots[-1].branches[0].genes
 
 
 @pytest.fixture

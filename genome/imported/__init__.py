@@ -5,8 +5,8 @@ A pure function of a file's contents: neither the library nor a tensor is needed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,99 +14,43 @@ from ...primitives.base import GeneError
 from ...primitives.nearest import unknown
 from ..files import GenomeFileError, parse_json
 from ..genome import Genome
-from . import dense, experts, hybrids, kimi, listed, mamba, qwen, recurrent, remote
+from . import deltas, dense, experts, hybrids, listed, mamba, recurrent, remote
 from .fields import ConfigurationError as ConfigurationError
-from .fields import Fields, shown
+from .fields import Family, Fields, shown
 
 FILE = "config.json"
 """The name under which a model's folder holds its configuration."""
 
 
-@dataclass(frozen=True)
-class Family:
-    """How the configurations of one model_type are read."""
-
-    reference: str
-    """The class whose defaults `defaults` are: of `transformers`, or with `fla.` before it of
-    flash-linear-attention."""
-    read: Callable[[Fields], Genome]
-    defaults: Mapping[str, Any]
-    aliases: Mapping[str, str] = field(default_factory=dict)
-
-
 FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaConfig", dense.llama, dense.LLAMA),
-    "mistral": Family("MistralConfig", dense.mistral, dense.MISTRAL),
-    "qwen2": Family("Qwen2Config", dense.qwen2, dense.QWEN2),
-    "qwen3": Family("Qwen3Config", dense.qwen3, dense.QWEN3),
-    "phi3": Family("Phi3Config", dense.phi3, dense.PHI3),
-    "gemma": Family("GemmaConfig", dense.gemma, dense.GEMMA),
-    "gemma2": Family("Gemma2Config", dense.gemma2, dense.GEMMA2),
-    "gemma3_text": Family("Gemma3TextConfig", dense.gemma3, dense.GEMMA3),
-    "mixtral": Family("MixtralConfig", experts.mixtral, experts.MIXTRAL),
-    "qwen3_moe": Family(
-        "Qwen3MoeConfig",
-        qwen.qwen3_moe,
-        qwen.QWEN3_MOE,
-        {"num_experts": "num_local_experts"},
-    ),
-    "qwen2_moe": Family(
-        "Qwen2MoeConfig",
-        qwen.qwen2_moe,
-        qwen.QWEN2_MOE,
-        {"num_local_experts": "num_experts"},
-    ),
-    "qwen3_next": Family(
-        "Qwen3NextConfig",
-        qwen.qwen3_next,
-        qwen.QWEN3_NEXT,
-        {"num_local_experts": "num_experts"},
-    ),
-    "gpt_oss": Family("GptOssConfig", qwen.gpt_oss, qwen.GPT_OSS),
-    "deepseek_v2": Family("DeepseekV2Config", experts.deepseek_v2, experts.DEEPSEEK_V2),
-    "deepseek_v3": Family("DeepseekV3Config", experts.deepseek_v3, experts.DEEPSEEK_V3),
-    "mamba": Family("MambaConfig", mamba.mamba, mamba.MAMBA),
-    "mamba2": Family("Mamba2Config", mamba.mamba2_model, mamba.MAMBA2),
-    "jamba": Family("JambaConfig", hybrids.jamba, hybrids.JAMBA),
-    "falcon_h1": Family("FalconH1Config", hybrids.falcon_h1, hybrids.FALCON_H1),
-    "granitemoehybrid": Family(
-        "GraniteMoeHybridConfig",
-        hybrids.granite,
-        hybrids.GRANITE,
-        {"layers_block_type": "layer_types"},
-    ),
-    "bamba": Family("BambaConfig", hybrids.bamba, hybrids.BAMBA),
-    "lfm2": Family(
-        "Lfm2Config",
-        listed.lfm2,
-        listed.LFM2,
-        {"tie_embedding": "tie_word_embeddings", "block_ff_dim": "intermediate_size"},
-    ),
-    "nemotron_h": Family(
-        "NemotronHConfig",
-        listed.nemotron_h,
-        listed.NEMOTRON_H,
-        {
-            "layer_types": "layers_block_type",
-            "attention_head_dim": "head_dim",
-            "num_query_groups": "num_key_value_heads",
-            "mamba_n_groups": "n_groups",
-            "mamba_d_conv": "conv_kernel",
-            "mamba_conv_bias": "use_conv_bias",
-            "mamba_dt_limit": "time_step_limit",
-            "num_local_experts": "n_routed_experts",
-        },
-    ),
-    "recurrent_gemma": Family(
-        "RecurrentGemmaConfig",
-        recurrent.recurrent_gemma,
-        recurrent.RECURRENT_GEMMA,
-        {"_block_types": "block_types"},
-    ),
-    "xlstm": Family("xLSTMConfig", recurrent.xlstm, recurrent.XLSTM),
-    "rwkv7": Family("fla.RWKV7Config", remote.rwkv7, remote.RWKV7),
-    "samba": Family("fla.SambaConfig", remote.samba, remote.SAMBA),
-    "kimi_linear": Family("KimiLinearConfig", kimi.kimi_linear, kimi.KIMI_LINEAR, kimi.ALIASES),
+    "llama": dense.llama,
+    "mistral": dense.mistral,
+    "qwen2": dense.qwen2,
+    "qwen3": dense.qwen3,
+    "phi3": dense.phi3,
+    "gemma": dense.gemma,
+    "gemma2": dense.gemma2,
+    "gemma3_text": dense.gemma3,
+    "mixtral": experts.mixtral,
+    "qwen3_moe": experts.qwen3_moe,
+    "qwen2_moe": experts.qwen2_moe,
+    "qwen3_next": deltas.qwen3_next,
+    "gpt_oss": experts.gpt_oss,
+    "deepseek_v2": experts.deepseek_v2,
+    "deepseek_v3": experts.deepseek_v3,
+    "mamba": mamba.mamba,
+    "mamba2": mamba.mamba2_model,
+    "jamba": hybrids.jamba,
+    "falcon_h1": hybrids.falcon_h1,
+    "granitemoehybrid": hybrids.granite,
+    "bamba": hybrids.bamba,
+    "lfm2": listed.lfm2,
+    "nemotron_h": listed.nemotron_h,
+    "recurrent_gemma": recurrent.recurrent_gemma,
+    "xlstm": recurrent.xlstm,
+    "rwkv7": remote.rwkv7,
+    "samba": remote.samba,
+    "kimi_linear": deltas.kimi_linear,
 }
 """The families by `model_type`."""
 

@@ -4,7 +4,8 @@ watched, so that what nobody read is named."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ...primitives.base import Gene, GeneError
@@ -52,15 +53,29 @@ class Fields:
         values: Mapping[str, Any],
         defaults: Mapping[str, Any],
         aliases: Mapping[str, str] | None = None,
+        within: str = "",
     ) -> None:
-        """`aliases`: other names of fields, as older files have them."""
+        """`aliases`: other names of fields. `within`: the name of the field that these stand in.
+
+        Raises ConfigurationError where two names of one field disagree.
+        """
         self._values = dict(values)
         self._defaults = defaults
         self._asked: set[str] = set()
+        self._within = f"{within}." if within else ""
+        self._nested: dict[str, Fields] = {}
         self.differs: list[str] = []
-        for old, name in (aliases or {}).items():
-            if old in self._values:
-                self._values.setdefault(name, self._values.pop(old))
+        self.inner_epsilon: float | None = None
+        """That of an operator's own norm, whose field is that of the layers' norms."""
+        for other, name in (aliases or {}).items():
+            if other not in self._values:
+                continue
+            value = self._values.pop(other)
+            if self._values.setdefault(name, value) != value:
+                raise ConfigurationError(
+                    f"{self._within}{other} is {shown(value)} and {name} is "
+                    f"{shown(self._values[name])}: they are two names of one field"
+                )
 
     def get(self, name: str) -> Any:
         """The field as it stands, or its default; None where there is neither."""
@@ -75,63 +90,71 @@ class Fields:
         """The file itself has the field, and not as null."""
         return self._values.get(name) is not None
 
+    def expect(self, name: str, what: str) -> ConfigurationError:
+        """The refusal of a value of another kind, to be raised."""
+        return ConfigurationError(f"{self._within}{name} is {what}, not {shown(self.get(name))}")
+
     def whole(self, name: str, low: int = 1) -> int:
         """A whole number of at least `low`."""
         value = self.get(name)
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ConfigurationError(
-                f"{name} is a whole number of at least {low}, not {shown(value)}"
-            )
+            raise self.expect(name, f"a whole number of at least {low}")
         return value
 
     def optional(self, name: str) -> int | None:
         """A whole number of at least 1; None where the field is null or absent."""
         return None if self.get(name) is None else self.whole(name)
 
+    def count(self, name: str) -> int:
+        """A whole number of at least 0, which null is."""
+        return 0 if self.get(name) is None else self.whole(name, low=0)
+
     def number(self, name: str) -> float:
         """A finite number above 0."""
         value = self.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise ConfigurationError(f"{name} is a number above 0, not {shown(value)}")
+            raise self.expect(name, "a number above 0")
         if not math.isfinite(value):
-            raise ConfigurationError(f"{name} is a finite number, not {shown(value)}")
+            raise self.expect(name, "a finite number")
         return float(value)
 
     def flag(self, name: str) -> bool:
         """True or false; null is false."""
         value = self.get(name)
         if value is not None and not isinstance(value, bool):
-            raise ConfigurationError(f"{name} is true or false, not {shown(value)}")
+            raise self.expect(name, "true or false")
         return bool(value)
 
     def option(self, name: str, allowed: Iterable[str]) -> str:
         """One of some words."""
         value, words = self.get(name), list(allowed)
         if value not in words:
-            raise ConfigurationError(f"{name} is one of {', '.join(words)}, not {shown(value)}")
+            raise self.expect(name, f"one of {', '.join(words)}")
         return str(value)
 
-    def list_of(self, name: str, kind: type, what: str) -> list[Any] | None:
-        """A list of whole numbers or of numbers; None where the field is null or absent."""
+    def list_of(self, name: str, kind: type, what: str) -> list[Any]:
+        """A list of whole numbers or of numbers; empty where the field is null or absent."""
         value = self.get(name)
-        if value is None:
-            return None
         allowed = int | float if kind is float else kind
         fine = isinstance(value, list | tuple) and all(
             isinstance(item, allowed) and not isinstance(item, bool) for item in value
         )
-        if not fine:
-            raise ConfigurationError(f"{name} is a list of {what}, not {shown(value)}")
-        return [kind(item) for item in value]
+        if value is not None and not fine:
+            raise self.expect(name, f"a list of {what}")
+        return [kind(item) for item in value or ()]
 
-    def mapping(self, name: str) -> dict[str, Any]:
-        """A mapping; empty where the field is null or absent."""
+    def inside(
+        self, name: str, defaults: Mapping[str, Any], aliases: Mapping[str, str] | None = None
+    ) -> Fields:
+        """The fields of a field; none where it is null or absent."""
         value = self.get(name)
-        if value is None:
-            return {}
-        if not isinstance(value, Mapping):
-            raise ConfigurationError(f"{name} is a mapping or null, not {shown(value)}")
-        return dict(value)
+        if value is not None and not isinstance(value, Mapping):
+            raise self.expect(name, "a mapping or null")
+        if name not in self._nested:
+            found = Fields(value or {}, defaults, aliases, self._within + name)
+            found.differs = self.differs
+            self._nested[name] = found
+        return self._nested[name]
 
     def layers(self, name: str, kinds: Mapping[str, str]) -> list[str] | None:
         """A list of layers' kinds, in the words of `kinds`' values; None where it is absent."""
@@ -139,7 +162,7 @@ class Fields:
         if value is None:
             return None
         if not isinstance(value, list) or not value:
-            raise ConfigurationError(f"{name} is a list of layers' kinds, not {shown(value)}")
+            raise self.expect(name, "a list of layers' kinds")
         for kind in value:
             if not isinstance(kind, str) or kind not in kinds:
                 raise ConfigurationError(
@@ -149,7 +172,7 @@ class Fields:
 
     def refuse(self, name: str, why: str) -> ConfigurationError:
         """The refusal of a field's value, to be raised."""
-        return ConfigurationError(f"{name} is {shown(self.get(name))}: {why}")
+        return ConfigurationError(f"{self._within}{name} is {shown(self.get(name))}: {why}")
 
     def never(self, *names: str, why: str = "no axis of the genome has these parameters") -> None:
         """Refuses fields that are set: something with parameters or a cache hangs on each."""
@@ -163,6 +186,11 @@ class Fields:
             if self.get(name) is not True:
                 raise self.refuse(name, why)
 
+    def same(self, name: str, value: object, why: str) -> None:
+        """Refuses a field that says something else than what follows from others."""
+        if self.get(name) not in (None, value):
+            raise self.refuse(name, why)
+
     def note(self, sentence: str) -> None:
         """Adds to what the genome does not have, once."""
         if sentence not in self.differs:
@@ -172,24 +200,28 @@ class Fields:
         """Notes a field that is none of `values`, which the genome's function has."""
         value = self.get(name)
         if value not in values:
-            self.note(f"{what} ({name}={shown(value)})")
-
-    def epsilon(self, name: str, inside: float | None = None) -> None:
-        """Notes a norm's epsilon that is not the genome's; `inside` is that of its operator's own
-        norm, which takes the same field."""
-        found = self.number(name)
-        if found != RMSNORM_EPS or inside not in (None, found):
-            own = f"{RMSNORM_EPS:g}" if inside is None else f"{RMSNORM_EPS:g} and {inside:g}"
-            self.note(f"the norms' epsilon ({name}={found:g}; a genome's is {own})")
+            self.note(f"{what} ({self._within}{name}={shown(value)})")
 
     def unread(self) -> list[str]:
         """The file's fields that nobody knows here and that may mean something."""
-        return sorted(set(self._values) - self._asked - set(self._defaults) - SILENT)
+        own = set(self._values) - self._asked - set(self._defaults) - SILENT
+        nested = (name for fields in self._nested.values() for name in fields.unread())
+        return sorted({*(self._within + name for name in own), *nested})
 
     def genome(
-        self, slots: Sequence[Slot], position: str = "rope", placement: str = "pre"
+        self,
+        slots: Sequence[Slot],
+        *,
+        position: str = "rope",
+        placement: str = "pre",
+        epsilon: str | None = "rms_norm_eps",
     ) -> Genome:
-        """The genome of the slots, with width, vocabulary and tying of the fields."""
+        """The genome of the slots, with width, vocabulary and tying of the fields.
+
+        `epsilon`: the field of the norms' epsilon, which is noted where it is not the genome's.
+        """
+        if epsilon is not None:
+            self._epsilon(epsilon)
         header: dict[str, Gene] = {
             "width": self.whole("hidden_size"),
             "vocab": self.whole("vocab_size"),
@@ -209,6 +241,51 @@ class Fields:
         if broken:
             raise ConfigurationError(str(broken[0]))
         return genome
+
+    def _epsilon(self, name: str) -> None:
+        found, inner = self.number(name), self.inner_epsilon
+        if found != RMSNORM_EPS or inner not in (None, found):
+            own = f"{RMSNORM_EPS:g}" if inner is None else f"{RMSNORM_EPS:g} and {inner:g}"
+            self.note(f"the norms' epsilon ({name}={found:g}; a genome's is {own})")
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the configurations of one model_type are read."""
+
+    reference: str
+    """The class whose defaults `defaults` are: of `transformers`, or with `fla.` before it of
+    flash-linear-attention."""
+    read: Callable[[Fields], Genome]
+    defaults: Mapping[str, Any]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other names of fields, as older files or the class have them."""
+
+
+STACK: Mapping[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "tie_word_embeddings": False,
+}
+TRANSFORMER: Mapping[str, Any] = {
+    **STACK,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "rms_norm_eps": 1e-6,
+}
+TURNED: Mapping[str, Any] = {**TRANSFORMER, "rope_theta": 10000.0}
+"""Defaults that many classes have: of any stack of layers, with attention, and with RoPE."""
+
+
+def family(
+    reference: str,
+    aliases: Mapping[str, str] | None = None,
+    base: Mapping[str, Any] = TURNED,
+    **defaults: Any,
+) -> Callable[[Callable[[Fields], Genome]], Family]:
+    """Makes a reader of fields a family, whose class has the defaults of `base` but for these."""
+    return lambda read: Family(reference, read, {**base, **defaults}, aliases or {})
 
 
 def op(name: str, **genes: Gene) -> Op:

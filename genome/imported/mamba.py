@@ -5,39 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..genome import Genome
-from .fields import ConfigurationError, Fields, alone, op, shown
-from .parts import layer_count, mamba2
+from ..genome import Genome, Op
+from .fields import ConfigurationError, Fields, alone, family, op, shown
+from .parts import conv_bias, layer_count, mamba2
 
-MAMBA: Mapping[str, Any] = {
-    "vocab_size": 50280,
-    "hidden_size": 768,
-    "state_size": 16,
-    "num_hidden_layers": 32,
-    "layer_norm_epsilon": 1e-5,
-    "expand": 2,
-    "conv_kernel": 4,
-    "use_bias": False,
-    "use_conv_bias": True,
-    "hidden_act": "silu",
-    "tie_word_embeddings": True,
-}
-MAMBA2: Mapping[str, Any] = {
-    "num_heads": 128,
-    "head_dim": 64,
-    "vocab_size": 32768,
-    "hidden_size": 4096,
-    "state_size": 128,
-    "num_hidden_layers": 64,
-    "layer_norm_epsilon": 1e-5,
-    "expand": 2,
-    "conv_kernel": 4,
-    "n_groups": 8,
-    "use_bias": False,
-    "use_conv_bias": True,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-}
 AUTHORS: Mapping[str, Any] = {
     "d_model": 2560,
     "d_intermediate": 0,
@@ -55,32 +26,36 @@ AUTHORS: Mapping[str, Any] = {
 """`MambaConfig` of the package mamba_ssm, whose files have no model_type."""
 
 STARTS = (
-    "time_step_scale",
-    "time_step_min",
-    "time_step_max",
-    "time_step_floor",
+    *("time_step_scale", "time_step_min", "time_step_max", "time_step_floor"),
     "time_step_init_scheme",
 )
 """They decide how weights begin."""
 
 
+@family(
+    "MambaConfig", base={},
+    vocab_size=50280, hidden_size=768, state_size=16, num_hidden_layers=32, layer_norm_epsilon=1e-5,
+    expand=2, conv_kernel=4, use_bias=False, use_conv_bias=True, tie_word_embeddings=True,
+    hidden_act="silu",
+)  # fmt: skip
 def mamba(f: Fields) -> Genome:
-    """`MambaConfig`."""
-    _common(f)
-    f.epsilon("layer_norm_epsilon")
-    width = f.whole("hidden_size")
-    expand = f.number("expand")
-    inner = f.get("intermediate_size")
-    if inner not in (None, int(expand * width)):
-        raise f.refuse("intermediate_size", f"expand={expand:g} makes it {int(expand * width)}")
-    layer = op(
-        "mamba",
-        state=f.whole("state_size"),
-        expand=expand,
-        rank=dt_rank(f, "time_step_rank"),
-        conv=f.whole("conv_kernel"),
-    )
-    return f.genome(alone(layer) * layer_count(f, None), position="none")
+    """Mamba layers."""
+    return _model(f, mamba1(f))
+
+
+def mamba1(f: Fields) -> Op:
+    """Mamba by the fields that the library and flash-linear-attention share."""
+    f.never("use_bias", why="Mamba's projections have no biases in a genome")
+    conv_bias(f, "use_conv_bias")
+    f.neutral("hidden_act", "silu", "swish", what="the activation after the convolution")
+    f.known(*STARTS)
+    width, expand = f.whole("hidden_size"), f.number("expand")
+    # It is Mamba's inner width, whatever the name says.
+    inner = int(expand * width)
+    f.same("intermediate_size", inner, f"expand={expand:g} makes it {inner}")
+    rank = dt_rank(f, "time_step_rank")
+    conv = f.whole("conv_kernel")
+    return op("mamba", state=f.whole("state_size"), expand=expand, rank=rank, conv=conv)
 
 
 def dt_rank(f: Fields, name: str) -> int:
@@ -91,10 +66,18 @@ def dt_rank(f: Fields, name: str) -> int:
     return 0 if f.whole(name) == -(-f.whole("hidden_size") // 16) else f.whole(name)
 
 
+@family(
+    "Mamba2Config", base={},
+    num_heads=128, head_dim=64, vocab_size=32768, hidden_size=4096, state_size=128,
+    num_hidden_layers=64, layer_norm_epsilon=1e-5, expand=2, conv_kernel=4, n_groups=8,
+    use_bias=False, use_conv_bias=True, tie_word_embeddings=False, hidden_act="silu",
+)  # fmt: skip
 def mamba2_model(f: Fields) -> Genome:
-    """`Mamba2Config`."""
-    _common(f)
-    f.known("time_step_rank")
+    """Mamba-2 layers."""
+    f.never("use_bias", why="Mamba's projections have no biases in a genome")
+    conv_bias(f, "use_conv_bias")
+    f.neutral("hidden_act", "silu", what="the activation after the convolution")
+    f.known("time_step_rank", *STARTS)
     layer = mamba2(
         f,
         inner=int(f.number("expand") * f.whole("hidden_size")),
@@ -103,16 +86,13 @@ def mamba2_model(f: Fields) -> Genome:
         state="state_size",
         groups="n_groups",
         taps="conv_kernel",
-        epsilon="layer_norm_epsilon",
     )
-    return f.genome(alone(layer) * layer_count(f, None), position="none")
+    return _model(f, layer)
 
 
-def _common(f: Fields) -> None:
-    f.never("use_bias", why="Mamba's projections have no biases in a genome")
-    f.always("use_conv_bias", why="a genome's Mamba has a bias on the convolution")
-    f.neutral("hidden_act", "silu", what="the activation after the convolution")
-    f.known(*STARTS)
+def _model(f: Fields, layer: Op) -> Genome:
+    slots = alone(layer) * layer_count(f)
+    return f.genome(slots, position="none", epsilon="layer_norm_epsilon")
 
 
 def authors(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

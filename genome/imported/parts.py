@@ -1,17 +1,16 @@
-"""What the readers of several families share: attention, RoPE, MLPs, experts, Mamba-2."""
+"""What the readers of several families share: layers, attention, MLPs, Mamba-2."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ...primitives.base import Gene
 from ...primitives.channel.mlp import inner_width
 from ...primitives.recurrent_parts import EPS
-from ..genome import Op
+from ..genome import Op, Slot
 from ..header import MAX_SLOTS
-from .fields import ConfigurationError, Fields, op, shown
+from .fields import ConfigurationError, Fields, op
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -24,11 +23,55 @@ ACTIVATIONS = {
 }
 """The library's names of activations."""
 
-YARN = {"beta_fast": 32.0, "beta_slow": 1.0}
-"""What of YaRN the genome's form has fixed (`primitives/rope.py`)."""
+WINDOWS = {"full_attention": "full", "sliding_attention": "sliding"}
+MIXERS = {
+    "mamba": "mamba",
+    "linear_attention": "mamba",
+    "attention": "attention",
+    "full_attention": "attention",
+}
+"""Layers' kinds in older files and in newer ones."""
+
+INPUT_BIAS: Mapping[str, Gene] = {"bias": True, "bias_at": "inputs"}
+"""Biases on queries, keys and values alone."""
+UNTIED = "the library's class has a head of its own, whatever it says"
 
 
-def activation(f: Fields, name: str) -> str:
+def layer_count(f: Fields) -> int:
+    """`num_hidden_layers`."""
+    count = f.whole("num_hidden_layers")
+    if count > MAX_SLOTS:
+        raise ConfigurationError(
+            f"num_hidden_layers={count}: a genome has at most {MAX_SLOTS} slots"
+        )
+    return count
+
+
+def layers(
+    f: Fields,
+    kinds: Mapping[str, str],
+    otherwise: Callable[[int], str],
+    name: str = "layer_types",
+) -> list[str]:
+    """The kind of every layer, in the words of `kinds`' values: as the file lists them, else by
+    their numbers."""
+    count = layer_count(f)
+    listed = f.layers(name, kinds)
+    if listed is not None and len(listed) != count:
+        raise ConfigurationError(f"{name} has {len(listed)} layers where num_hidden_layers={count}")
+    return [otherwise(i) for i in range(count)] if listed is None else listed
+
+
+def stack(mixers: Iterable[Op | Slot], channels: Op | Slot | Sequence[Op | Slot]) -> list[Slot]:
+    """Layers of a mixer and a channel mixer: one for all of them, or each its own."""
+    mixers = list(mixers)
+    if isinstance(channels, Op | Slot):
+        channels = [channels] * len(mixers)
+    pairs = zip(mixers, channels, strict=True)
+    return [one if isinstance(one, Slot) else Slot((one,)) for pair in pairs for one in pair]
+
+
+def activation(f: Fields, name: str = "hidden_act") -> str:
     """The activation axis from its field."""
     return ACTIVATIONS[f.option(name, ACTIVATIONS)]
 
@@ -94,93 +137,44 @@ def window(f: Fields, name: str = "sliding_window") -> dict[str, Gene]:
     return {} if tokens is None else {"pattern": "sliding", "window": tokens}
 
 
-def rope(
-    f: Fields, kind: str | None = None, theta: str = "rope_theta", base: float | None = None
-) -> dict[str, Gene]:
-    """The genes of RoPE, from version 5's `rope_parameters` or the older fields.
+def attentions(
+    f: Fields,
+    kinds: Sequence[str],
+    own: Mapping[str, Mapping[str, Gene]] | None = None,
+    /,
+    **genes: Gene,
+) -> list[Op]:
+    """Attention for every layer, with the window where its kind is sliding; `own` are further
+    genes of a kind."""
 
-    `kind`: the layers' kind, where `rope_parameters` has one entry for each. `theta`: the older
-    field of the base, with its default `base`.
-    """
-    known = _rope_parameters(f, kind, theta)
-    genes: dict[str, Gene] = {"rope_theta": _number(theta, known.get("rope_theta", base))}
-    share = known.get("partial_rotary_factor")
-    if share is not None:
-        genes["rope_fraction"] = _number("partial_rotary_factor", share)
-    scaling = known.get("rope_type") or "default"
-    if scaling == "linear":
-        genes |= {"rope_scaling": "linear", "rope_factor": _number("factor", known.get("factor"))}
-    elif scaling == "yarn" and _is_plain_yarn(known):
-        genes |= {
-            "rope_scaling": "yarn",
-            "rope_factor": _number("factor", known.get("factor")),
-            "rope_original": known["original_max_position_embeddings"],
-            "rope_rounded": known.get("truncate", True),
-        }
-    elif scaling != "default":
-        f.note(f"a scaling of RoPE ({scaling})")
-    return genes
+    def one(kind: str) -> Op:
+        local = window(f) if kind == "sliding" else {}
+        return attention(f, **genes, **local, **(own or {}).get(kind, {}))
+
+    made = {kind: one(kind) for kind in dict.fromkeys(kinds)}
+    return [made[kind] for kind in kinds]
 
 
-def rope_base(f: Fields) -> float:
-    """The base of RoPE, for operators that take no scaling; a scaling is noted."""
-    known = _rope_parameters(f, None, "rope_theta")
-    scaling = known.get("rope_type") or "default"
-    if scaling != "default":
-        f.note(f"a scaling of RoPE ({scaling})")
-    return _number("rope_theta", known.get("rope_theta"))
-
-
-def _rope_parameters(f: Fields, kind: str | None, theta: str) -> dict[str, Any]:
-    known: dict[str, Any] = {}
-    for name in ("rope_scaling", "rope_parameters"):
-        value = f.mapping(name)
-        if kind is not None and name == "rope_parameters":
-            own = value.get(kind)
-            value = dict(own) if isinstance(own, Mapping) else {}
-        elif kind is not None and kind != "full_attention":
-            value = {}
-        if "type" in value:
-            value.setdefault("rope_type", value.pop("type"))
-        known |= value
-    for name, field in (("rope_theta", theta), ("partial_rotary_factor",) * 2):
-        value = f.get(field)
-        if value is not None:
-            known.setdefault(name, value)
-    return known
-
-
-def _is_plain_yarn(known: Mapping[str, Any]) -> bool:
-    original = known.get("original_max_position_embeddings")
-    if not isinstance(original, int) or isinstance(original, bool):
-        return False
-    if any(known.get(name, value) != value for name, value in YARN.items()):
-        return False
-    extra = ("attention_factor", "mscale", "mscale_all_dim")
-    return all(known.get(name) is None for name in extra)
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigurationError(f"{name} is a number, not {shown(value)}")
-    return float(value)
+def conv_bias(f: Fields, name: str) -> None:
+    """Refuses Mamba without a bias on its convolution."""
+    f.always(name, why="a genome's Mamba has a bias on the convolution")
 
 
 def mamba2(
     f: Fields,
     *,
     inner: int,
-    heads: str,
-    head_dim: str,
-    state: str,
-    groups: str,
-    taps: str,
-    epsilon: str,
+    heads: str = "mamba_n_heads",
+    head_dim: str = "mamba_d_head",
+    state: str = "mamba_d_state",
+    groups: str = "mamba_n_groups",
+    taps: str = "mamba_d_conv",
     norm: str = "gated-rmsnorm",
 ) -> Op:
     """Mamba-2 from the names of its fields and its inner width; `auto` heads are as wide as it
-    takes. `epsilon` is the field that its own norm shares with the layers'."""
-    f.epsilon(epsilon, inside=None if norm == "none" else EPS)
+    takes."""
+    if norm != "none":
+        f.inner_epsilon = EPS
     count = f.whole(heads)
     wide = inner // count if f.get(head_dim) == "auto" else f.whole(head_dim)
     if count * wide != inner:
@@ -203,20 +197,3 @@ def mamba2(
 def _unlimited(limit: object) -> bool:
     """A step size from 0 to infinity, which version 5 of the library writes as a mapping."""
     return limit in (None, [0, math.inf], (0, math.inf), [0, {"__float__": "Infinity"}])
-
-
-def without_rope(f: Fields) -> None:
-    """Without positions nothing reads the fields of RoPE, which files have all the same."""
-    f.known("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
-
-
-def layer_count(f: Fields, layers: list[str] | None, name: str = "layer_types") -> int:
-    """`num_hidden_layers`, which a list of layers must have."""
-    count = f.whole("num_hidden_layers")
-    if count > MAX_SLOTS:
-        raise ConfigurationError(
-            f"num_hidden_layers={count}: a genome has at most {MAX_SLOTS} slots"
-        )
-    if layers is not None and len(layers) != count:
-        raise ConfigurationError(f"{name} has {len(layers)} layers where num_hidden_layers={count}")
-    return count

@@ -2,86 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from ...primitives.base import Gene
-from ..genome import Genome, Slot
-from .fields import ConfigurationError, Fields, alone, op
-from .parts import attention, expansion, layer_count, mlp, rope
-
-RECURRENT_GEMMA: Mapping[str, Any] = {
-    "num_hidden_layers": 26,
-    "vocab_size": 256000,
-    "hidden_size": 2560,
-    "intermediate_size": 7680,
-    "num_attention_heads": 10,
-    "attention_window_size": 2048,
-    "conv1d_width": 4,
-    "logits_soft_cap": 30.0,
-    "rms_norm_eps": 1e-6,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "rope_theta": 10000.0,
-    "partial_rotary_factor": 0.5,
-    "block_types": ["recurrent", "recurrent", "attention"],
-    "attention_bias": False,
-    "tie_word_embeddings": True,
-}
-XLSTM: Mapping[str, Any] = {
-    "vocab_size": 50304,
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_heads": 8,
-    "use_bias": False,
-    "tie_word_embeddings": False,
-    "add_out_norm": True,
-    "norm_eps": 1e-6,
-    "qk_dim_factor": 0.5,
-    "v_dim_factor": 1.0,
-    "ffn_proj_factor": 2.667,
-    "ffn_round_up_to_multiple_of": 64,
-    "gate_soft_cap": 15.0,
-    "output_logit_soft_cap": 30.0,
-}
+from ..genome import Genome
+from .fields import STACK, ConfigurationError, Fields, family, op
+from .parts import UNTIED, attention, expansion, layer_count, mlp, stack, window
+from .turns import rope
 
 BLOCKS = {"recurrent": "recurrent", "attention": "attention"}
 GATE_BLOCK = 256
 """Channels of a block of the gates where the genome says 0 blocks."""
-QK_MULTIPLE = 64
-"""The library rounds the widths of all queries and of all values up to a multiple of this."""
+MULTIPLE = 64
+"""The authors' code rounds the widths of queries and of values up to it, the library's does not."""
 
 RUNNING = (
-    "norm_reduction_force_float32",
-    "chunkwise_kernel",
-    "sequence_kernel",
-    "step_kernel",
-    "mode",
-    "return_last_states",
-    "autocast_kernel_dtype",
-    "eps",
-    "inference_state_dtype",
-    "weight_mode",
-    "max_inference_chunksize",
+    *("norm_reduction_force_float32", "chunkwise_kernel", "sequence_kernel", "step_kernel"),
+    *("mode", "return_last_states", "autocast_kernel_dtype", "eps", "inference_state_dtype"),
+    *("weight_mode", "max_inference_chunksize"),
 )
 """Fields of xLSTM about kernels and how weights are stored."""
 
 
+@family(
+    "RecurrentGemmaConfig",
+    {"_block_types": "block_types", "sliding_window": "attention_window_size"},
+    num_hidden_layers=26, vocab_size=256000, hidden_size=2560, intermediate_size=7680,
+    num_attention_heads=10, attention_window_size=2048, conv1d_width=4, logits_soft_cap=30.0,
+    hidden_activation="gelu_pytorch_tanh", partial_rotary_factor=0.5, attention_bias=False,
+    block_types=["recurrent", "recurrent", "attention"], tie_word_embeddings=True,
+)  # fmt: skip
 def recurrent_gemma(f: Fields) -> Genome:
-    """`RecurrentGemmaConfig`: a block's gates have as many blocks as attention has heads."""
-    f.epsilon("rms_norm_eps")
+    """A block's gates have as many blocks as attention has heads."""
     if f.get("logits_soft_cap"):
         f.note(f"a cap on logits (logits_soft_cap={f.number('logits_soft_cap'):g})")
     f.neutral(
         "hidden_activation", "gelu_pytorch_tanh", what="the activation of the recurrent branch"
     )
     width, heads = f.whole("hidden_size"), f.whole("num_attention_heads")
-    inner = f.optional("lru_width") or width
-    if inner % heads or f.whole("intermediate_size") % 2:
-        raise ConfigurationError(
-            f"lru_width={inner} is no multiple of num_attention_heads={heads}"
-            if inner % heads
-            else "intermediate_size is odd: gate and up have half of it each"
-        )
+    inner, both = f.optional("lru_width") or width, f.whole("intermediate_size")
+    if inner % heads:
+        raise ConfigurationError(f"lru_width={inner} is no multiple of num_attention_heads={heads}")
+    if both % 2:
+        raise f.refuse("intermediate_size", "gate and up have half of it each")
     recurrent = op(
         "rg-lru",
         expand=inner / width,
@@ -89,48 +50,55 @@ def recurrent_gemma(f: Fields) -> Genome:
         conv=f.whole("conv1d_width"),
     )
     # The output has a bias whatever `attention_bias` says of the inputs.
-    genes: dict[str, Gene] = {"bias": True, **rope(f)}
+    genes: dict[str, Gene] = {"bias": True, **rope(f, partial=True)}
     if not f.flag("attention_bias"):
         genes["bias_at"] = "output"
-    window: dict[str, Gene] = {"pattern": "sliding", "window": f.whole("attention_window_size")}
-    mixer = attention(f, **window, **genes)
-    half = f.whole("intermediate_size") // 2
-    channel = mlp(f, act="hidden_activation", inner=half, bias=True)
+    mixer = attention(f, **window(f, "attention_window_size"), **genes)
+    channel = mlp(f, act="hidden_activation", inner=both // 2, bias=True)
     blocks = f.layers("block_types", BLOCKS)
     if blocks is None:
         raise f.refuse("block_types", "it is a list of recurrent and attention")
-    slots: list[Slot] = []
-    for i in range(layer_count(f, None)):
-        kind = blocks[i % len(blocks)]
-        slots += alone(mixer if kind == "attention" else recurrent, channel)
-    return f.genome(slots)
+    kinds = [blocks[i % len(blocks)] for i in range(layer_count(f))]
+    mixers = [mixer if kind == "attention" else recurrent for kind in kinds]
+    return f.genome(stack(mixers, channel))
 
 
+@family(
+    "xLSTMConfig", base=STACK,
+    vocab_size=50304, num_heads=8, use_bias=False, add_out_norm=True, norm_eps=1e-6,
+    qk_dim_factor=0.5, v_dim_factor=1.0, ffn_proj_factor=2.667, ffn_round_up_to_multiple_of=64,
+    gate_soft_cap=15.0, output_logit_soft_cap=30.0,
+)  # fmt: skip
 def xlstm(f: Fields) -> Genome:
-    """`xLSTMConfig`: mLSTM and SwiGLU, as in xLSTM-7B."""
-    f.epsilon("norm_eps")
+    """mLSTM and SwiGLU, as in xLSTM-7B."""
     f.never("use_bias")
+    f.never("tie_word_embeddings", why=UNTIED)
     f.always("add_out_norm", why="a genome has a norm before the head")
     if f.get("output_logit_soft_cap"):
         f.note(f"a cap on logits (output_logit_soft_cap={f.number('output_logit_soft_cap'):g})")
     f.known(*RUNNING)
     width = f.whole("hidden_size")
     for name, same in (("embedding_dim", "hidden_size"), ("num_blocks", "num_hidden_layers")):
-        if f.get(name) not in (None, f.whole(same)):
-            raise f.refuse(name, f"it is another name of {same}, which is {f.whole(same)}")
+        value = f.whole(same)
+        f.same(name, value, f"it is another name of {same}, which is {value}")
     layer = op(
         "mlstm",
         heads=f.whole("num_heads"),
-        key_expand=_rounded(width * f.number("qk_dim_factor"), QK_MULTIPLE) / width,
-        expand=_rounded(width * f.number("v_dim_factor"), QK_MULTIPLE) / width,
+        key_expand=_factor(f, "qk_dim_factor"),
+        expand=_factor(f, "v_dim_factor"),
         cap=0.0 if f.get("gate_soft_cap") is None else f.number("gate_soft_cap"),
     )
     multiple = f.whole("ffn_round_up_to_multiple_of")
-    inner = _rounded(width * f.number("ffn_proj_factor"), multiple)
+    # Rounded up as the library does it.
+    inner = int((width * f.number("ffn_proj_factor") + multiple - 1) // multiple) * multiple
     channel = op("swiglu", expansion=expansion(f, "ffn_proj_factor", inner))
-    return f.genome(alone(layer, channel) * layer_count(f, None), position="none")
+    slots = stack([layer] * layer_count(f), channel)
+    return f.genome(slots, position="none", epsilon="norm_eps")
 
 
-def _rounded(size: float, multiple: int) -> int:
-    """The size rounded up to a multiple, as the library rounds."""
-    return int((size + multiple - 1) // multiple) * multiple
+def _factor(f: Fields, name: str) -> float:
+    width = f.whole("hidden_size")
+    inner = width * f.number(name)
+    if inner % MULTIPLE:
+        raise f.refuse(name, f"{inner:g} channels are no multiple of {MULTIPLE}: codes differ")
+    return inner / width
