@@ -99,6 +99,19 @@ class RMSNorm(nn.RMSNorm):
         return y
 
 
+class HeadsNorm(RMSNorm):
+    """RMSNorm over the channels of all heads together: x (..., H, K), one scale per channel.
+
+    OLMoE's norm of queries and of keys (Muennighoff et al., arXiv 2409.02060, 4.2.5).
+    """
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__(heads * head_dim, eps=RMSNORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(-2)).view_as(x)
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:

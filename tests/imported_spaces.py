@@ -173,6 +173,14 @@ SPACES: dict[str, Space] = {
         "full_attention_interval": (2, 3),
         "rope_parameters": ({}, {"rope_theta": 500.0}, {"partial_rotary_factor": 0.5}),
     },
+    "olmoe": {
+        **DENSE,
+        **BIAS,
+        "num_experts": (4, 6),
+        "num_experts_per_tok": (1, 2),
+        "norm_topk_prob": (False, True),
+        "clip_qkv": rarely(None, 3.0),
+    },
     "gpt_oss": {
         **DENSE,
         **BIAS,

@@ -11,12 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BloomConfig, LlamaConfig, MistralConfig, MptConfig, Qwen3Config
+from transformers import (
+    BloomConfig,
+    LlamaConfig,
+    MistralConfig,
+    MptConfig,
+    OlmoeConfig,
+    Qwen3Config,
+)
 from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.models.bloom import modeling_bloom as bloom
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.mpt import modeling_mpt as mpt
+from transformers.models.olmoe import modeling_olmoe as olmoe
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
@@ -51,6 +59,7 @@ CASES: dict[str, dict[str, Gene]] = {
         "kv_heads": 2,
         "head_dim": 10,
         "qk_norm": True,
+        "norm_over": "all",
         "gate": "sigmoid",
         "bias": True,
         "conv": 3,
@@ -197,6 +206,28 @@ def test_qk_norm_is_qwen3s() -> None:
         nn.init.uniform_(theirs.weight, 0.5, 1.5)
         norm.load_state_dict(theirs.state_dict())
     angles = qwen3.Qwen3RotaryEmbedding(settings)(x, torch.arange(TOKENS)[None])
+    assert error(ours(x)[0], reference(x, angles, causal_mask(TOKENS))[0]) < 1e-5
+
+
+@torch.no_grad()
+def test_a_norm_over_all_heads_is_olmoes() -> None:
+    settings = OlmoeConfig(
+        hidden_size=WIDTH,
+        num_attention_heads=HEADS,
+        num_key_value_heads=3,
+        rms_norm_eps=1e-6,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    reference, x = olmoe.OlmoeAttention(settings, 0), inputs()
+    ours = build({"kv_heads": 3, "qk_norm": True, "norm_over": "all"})
+    copy_projections(ours, *(getattr(reference, f"{n}_proj").weight for n in "qkvo"))
+    assert ours.q_norm is not None
+    assert ours.k_norm is not None
+    for norm, theirs in ((ours.q_norm, reference.q_norm), (ours.k_norm, reference.k_norm)):
+        nn.init.uniform_(theirs.weight, 0.5, 1.5)
+        norm.load_state_dict(theirs.state_dict())
+    angles = olmoe.OlmoeRotaryEmbedding(settings)(x, torch.arange(TOKENS)[None])
     assert error(ours(x)[0], reference(x, angles, causal_mask(TOKENS))[0]) < 1e-5
 
 

@@ -23,6 +23,7 @@ WIDTH, HEADS, TOKENS = 24, 4, 61
 CASES: dict[str, dict[str, Gene]] = {
     "xl": {"segment": 8, "memory": 8, "compressed": 6},
     "none": {"position": "none", "segment": 4, "memory": 8, "compressed": 3, "kv_heads": 2},
+    "together": {"segment": 4, "memory": 4, "compressed": 3, "qk_norm": True, "norm_over": "all"},
     "rope": {"position": "rope", "segment": 8, "memory": 8, "compressed": 4, "qk_norm": True},
     "alibi": {"position": "alibi", "segment": 4, "memory": 4, "compressed": 7, "bias": True},
     "mean": {"compression": "mean", "segment": 6, "memory": 12, "compression_rate": 3},
@@ -73,8 +74,11 @@ def heads(module: CompressiveAttention, x: Tensor, stop: bool = False) -> tuple[
     q, k, v = mixed.split([c.heads, c.kv_heads, c.kv_heads], 2)
     if module.q_norm is not None and module.k_norm is not None:
         scales = (module.q_norm.weight, module.k_norm.weight)
+        over = (-2, -1) if c.norm_over == "all" else -1
         q, k = (
-            t * (t.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (s.detach() if stop else s)
+            t
+            * (t.square().mean(over, keepdim=True) + 1e-6).rsqrt()
+            * (s.detach() if stop else s).view(-1, c.head_dim)
             for t, s in zip((q, k), scales, strict=True)
         )
     repeat = c.heads // c.kv_heads

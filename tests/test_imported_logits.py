@@ -60,6 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 128,
         "mlp_only_layers": [1],
     },
+    "olmoe": {**DENSE, "num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0},
     "deepseek_v2": {**LATENT, "q_lora_rank": None, "num_experts_per_tok": 2},
     "deepseek_v3": {**LATENT, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2},
     "mamba": {**SMALL, "layer_norm_epsilon": 1e-6},

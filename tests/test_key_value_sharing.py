@@ -56,6 +56,10 @@ LENDING: dict[str, tuple[dict[str, Gene], dict[str, Gene]]] = {
         {"pattern": "sliding", "window": 9, "qk_norm": True},
         {"pattern": "sliding", "window": 9, "qk_norm": True, "gate": "sigmoid", "bias": True},
     ),
+    "normed-together": (
+        {"kv_heads": 2, "qk_norm": True, "norm_over": "all"},
+        {"kv_heads": 2, "qk_norm": True, "norm_over": "all"},
+    ),
     "narrower": ({"pattern": "sliding", "window": 9}, {"pattern": "sliding", "window": 4}),
     "alibi": (
         {"pattern": "sliding", "window": 9, "position": "alibi"},

@@ -30,6 +30,7 @@ def random_genes(seed: int) -> dict[str, Gene]:
         "position": draw.choice(("rope", "alibi", "t5", "xl", "none")),
         "t5_buckets": 8,
         "qk_norm": draw.random() < 0.3,
+        "norm_over": draw.choice(("head", "all")),
         "gate": draw.choice(("none", "sigmoid")),
         "conv": draw.choice((0, 0, 3)),
         "score": draw.choice(("softmax", "softmax", "sigmoid", "differential")),

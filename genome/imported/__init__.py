@@ -35,6 +35,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": experts.qwen3_moe,
     "qwen2_moe": experts.qwen2_moe,
     "qwen3_next": deltas.qwen3_next,
+    "olmoe": experts.olmoe,
     "gpt_oss": experts.gpt_oss,
     "deepseek_v2": experts.deepseek_v2,
     "deepseek_v3": experts.deepseek_v3,
@@ -57,8 +58,7 @@ FAMILIES: dict[str, Family] = {
 REFUSED = {
     "zamba2": "its attention blocks share all weights but low-rank adapters, and read the "
     "embeddings beside the stream",
-    "olmoe": "it norms the queries and the keys of all heads together",
-    "olmo2": "it norms the queries and the keys of all heads together",
+    "olmo2": "it norms what a layer adds, and not what the layer reads",
     "falcon_mamba": "it norms B, C and the step sizes without learned scales",
 }
 """What no genome has of families that are asked for."""

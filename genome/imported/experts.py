@@ -1,4 +1,4 @@
-"""Transformers with experts: Mixtral, DeepSeek-V2 and V3, Qwen 2 and 3, gpt-oss."""
+"""Transformers with experts: Mixtral, DeepSeek-V2 and V3, Qwen 2 and 3, OLMoE, gpt-oss."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .parts import (
     attention,
     attentions,
     expansion,
+    heads_of,
     layer_count,
     layers,
     mlp,
@@ -195,6 +196,25 @@ def qwen3_moe(f: Fields) -> Genome:
     mixers = attentions(f, kinds, qk_norm=True, bias=f.flag("attention_bias"), **rope(f))
     sums = f.flag("norm_topk_prob")
     return f.genome(qwen_layers(f, mixers, experts(f, "mixtral", sums, "num_local_experts")))
+
+
+@family(
+    "OlmoeConfig", {"num_local_experts": "num_experts"},
+    vocab_size=50304, hidden_size=2048, intermediate_size=2048, num_hidden_layers=16,
+    num_attention_heads=16, rms_norm_eps=1e-5, attention_bias=False, num_experts_per_tok=8,
+    num_experts=64, norm_topk_prob=False, hidden_act="silu",
+)  # fmt: skip
+def olmoe(f: Fields) -> Genome:
+    """Norms of the queries, and of the keys, of all heads together."""
+    f.neutral("clip_qkv", None, what="bounds on queries, keys and values")
+    heads, _, head_dim = heads_of(f)
+    if heads * head_dim != f.whole("hidden_size"):
+        raise f.refuse("head_dim", "the library's norm of queries is as wide as the stream")
+    bias = f.flag("attention_bias")
+    mixer = attention(f, qk_norm=True, norm_over="all", bias=bias, **rope(f))
+    sums = f.flag("norm_topk_prob")
+    channel = experts(f, "olmoe", sums, "num_experts", "intermediate_size")
+    return f.genome(stack([mixer] * layer_count(f), channel))
 
 
 def gated_experts(f: Fields, point: str = "moe") -> Op:

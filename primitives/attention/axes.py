@@ -76,6 +76,8 @@ def configure_plain(
     heads, kv_heads, head_dim = head_counts(site, genes)
     position = position_of(site, genes)
     channels, theta, form = rope_of(genes, position, head_dim)
+    # nGPT has a norm of queries and keys of its own.
+    normed = flag(genes, "qk_norm") and not site.normalised
     return AttentionConfig(
         width=site.width,
         heads=heads,
@@ -88,8 +90,8 @@ def configure_plain(
         rope_channels=channels,
         rope_form=form,
         distance=distance_of(genes, position, site.width, heads, head_dim),
-        # nGPT has a norm of queries and keys of its own.
-        qk_norm=flag(genes, "qk_norm") and not site.normalised,
+        qk_norm=normed,
+        norm_over=choice(genes, "norm_over") if normed else "head",
         gate=choice(genes, "gate"),
         entry_bias=flag(genes, "bias") and choice(genes, "bias_at") != "output",
         exit_bias=flag(genes, "bias") and choice(genes, "bias_at") != "inputs",
@@ -136,6 +138,13 @@ ATTENTION = Primitive(
             "RMSNorm on every head's queries and keys, as in Qwen3 (arXiv 2505.09388)",
             options=(False, True),
             search=(False, True),
+        ),
+        Axis(
+            "norm_over",
+            "head",
+            "qk_norm: over the channels of every head by itself, or of all heads together (OLMoE,"
+            " arXiv 2409.02060)",
+            options=("head", "all"),
         ),
         Axis(
             "gate",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...kernels.letters import BTD
 from ...kernels.short_conv import short_conv
 from ..base import BidirectionalError, Carry, Cost, Operator, State
-from ..norm import make_norm
+from ..norm import HeadsNorm, make_norm
 from ..position import Rotary
 from ..rope import RopeForm
 from ..sphere import Scale, unit
@@ -48,6 +48,8 @@ class AttentionConfig:
     distance: DistanceForm | None
     """The biases of alibi, t5 and xl."""
     qk_norm: bool
+    norm_over: str
+    """What the norm of queries and keys is over: the channels of one head, or of all together."""
     gate: str
     entry_bias: bool
     exit_bias: bool
@@ -97,8 +99,7 @@ class AttentionConfig:
         params = products + conv
         params += entry if self.entry_bias else 0
         params += self.width if self.exit_bias else 0
-        if self.qk_norm:
-            params += self.head_dim if self.borrows else 2 * self.head_dim
+        params += self._normed(self.heads) + (0 if self.borrows else self._normed(self.kv_heads))
         if self.normalised:
             params += self.kv_heads * self.head_dim
         params += self.score.params(self.heads, self.head_dim, self.width)
@@ -113,6 +114,17 @@ class AttentionConfig:
         cached = 0 if self.borrows else 2 * self.head_dim * self._cached(context)
         taps = max(self.conv - 1, 0) * self.mixed_width
         return Cost(params, params, flops, (cached + taps) * dtype.itemsize)
+
+    def _normed(self, heads: int) -> int:
+        """Scales of the norm of queries or keys."""
+        return self.head_dim * (heads if self.norm_over == "all" else 1) if self.qk_norm else 0
+
+    def norm(self, heads: int) -> nn.Module | None:
+        """The norm of queries or keys (..., heads, K), where there is one."""
+        if not self.qk_norm:
+            return None
+        together = self.norm_over == "all"
+        return HeadsNorm(heads, self.head_dim) if together else make_norm("rmsnorm", self.head_dim)
 
     def _cached(self, context: int) -> int:
         return self.pattern.cached(self.kv_heads, context)
@@ -136,7 +148,7 @@ class _Common(nn.Module):
         # One product for queries, keys, values and the gate, in this order.
         self.entry = nn.Linear(config.width, entry, bias=config.entry_bias)
         self.exit = nn.Linear(config.query_width, config.width, bias=config.exit_bias)
-        self.q_norm = make_norm("rmsnorm", config.head_dim) if config.qk_norm else None
+        self.q_norm = config.norm(config.heads)
         self.qk_scale: Scale | None = None
         if config.normalised:
             shape = (config.kv_heads, config.head_dim)
@@ -216,7 +228,7 @@ class Attention(_Common, Operator):
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__(config)
-        self.k_norm = make_norm("rmsnorm", config.head_dim) if config.qk_norm else None
+        self.k_norm = config.norm(config.kv_heads)
         self.taps: nn.Parameter | None = None
         if config.conv:
             self.taps = nn.Parameter(torch.empty(config.mixed_width, config.conv))
