@@ -81,17 +81,12 @@ def limits(bounds: Any) -> tuple[float | None, float | None]:
 
 
 def attention_share(genome: Genome) -> float:
-    """The share of slots with a mixer that hold attention.
-
-    Attention is what STAR describes as low-rank token mixing with a softmax (arXiv 2411.17800).
-    """
+    """The share of slots with a mixer that hold attention."""
     mixers = attention = 0
     for slot in genome.slots:
         rows = [row for row in map(primitive_of, slot.branches) if row.kind == "mixer"]
         mixers += bool(rows)
-        attention += any(
-            row.liv.token_mixing == "low-rank" and row.liv.nonlinearity == "softmax" for row in rows
-        )
+        attention += any(row.attends for row in rows)
     return attention / mixers if mixers else 0.0
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..primitives.base import Config, Cost
+from ..primitives.base import Config, Cost, own_params
 from ..primitives.position import LearnedPosition
 from .genome import Genome
 from .residual import block_params, embedding_params, head_params, router_rows
@@ -21,10 +21,11 @@ DEFAULT_CONTEXT = 4096
 class ModelCost:
     """Costs per slot (norms and scalings included), of the embedding, of the head, and whole.
 
-    Weights that several slots share count in the first of them and nowhere else; so do the bytes of
-    shared keys and values. FLOPs count wherever the work is done. Of a slot that takes a share of
-    the tokens they are those of its shorter sequence, per token of the whole one; its cache has
-    room for all, because decoding bounds nothing, and its weights are active.
+    Weights that several slots share count in the first of them and nowhere else, but for what each
+    place has of its own; so do the bytes of shared keys and values. FLOPs count wherever the work
+    is done. Of a slot that takes a share of the tokens they are those of its shorter sequence, per
+    token of the whole one; its cache has room for all, because decoding bounds nothing, and its
+    weights are active.
     """
 
     slots: tuple[Cost, ...]
@@ -51,7 +52,7 @@ def cost(
     known: dict[Config, Cost] = {}
     slots = []
     for slot, row in zip(genome.slots, configs(genome), strict=True):
-        own = block_params(genome, slot)
+        own = block_params(genome, slot, row)
         inside = passing(slot.tokens, context) if slot.tokens != 1 else context
         share = inside / context
         gate, depth = (2.0 * genome.width * rows for rows in router_rows(genome, slot))
@@ -64,7 +65,8 @@ def cost(
                 flops = config.cost(inside, dtype).flops_per_token * share
                 part = replace(part, flops_per_token=flops)
             if op.weights is not None and op.weights in seen:
-                part = Cost(0, 0, part.flops_per_token, part.state_bytes)
+                own = own_params(config)
+                part = Cost(own, own, part.flops_per_token, part.state_bytes)
             if op.weights is not None:
                 seen.add(op.weights)
             total += part

@@ -14,7 +14,7 @@ GRAMMAR_VERSION = 1
 POSITIONS = ("rope", "alibi", "t5", "xl", "learned", "sinusoidal", "none")
 PLACEMENTS = ("pre", "post", "sandwich")
 RESIDUALS = ("plain", "layerscale", "rezero", "reversible", "ngpt")
-JOINS = ("mean", "sum", "norm", "gate", "top1")
+JOINS = ("mean", "sum", "norm", "gate", "top1", "chain")
 BYTE_VOCAB = 256
 
 
@@ -23,9 +23,10 @@ class Op:
     """One operator: the name of a primitive or a named point, and the genes that differ from it.
 
     `weights` is a label: all operators of one genome with the same label use one set of weights
-    (STAR's featurizer sharing, strategy "all"). `features` is a label too: the first operator with
-    it lends the keys and values that it computes, the later ones use them and make none of their
-    own (STAR's feature-group sharing; cross-layer key-value sharing, arXiv 2405.12981).
+    (STAR's featurizer sharing, strategy "all"), but for what an operator has of its own in every
+    place (`own_params` of its config). `features` is a label too: the first operator with it lends
+    the keys and values that it computes, the later ones use them and make none of their own (STAR's
+    feature-group sharing; cross-layer key-value sharing, arXiv 2405.12981).
     """
 
     name: str
@@ -46,7 +47,9 @@ class Slot:
 
     `join` says how parallel branches become one (with one branch it has no effect): their mean,
     their sum, the mean after a norm of each branch (Hymba, arXiv 2411.13676), or what a router says
-    of every token: `gate` weights the branches, `top1` takes the best one. `tokens` is the share of
+    of every token: `gate` weights the branches, `top1` takes the best one. With `chain` each branch
+    reads the stream plus what the branch before it made, and the last one's output is the slot's
+    (Zamba, arXiv 2405.16712). `tokens` is the share of
     the tokens that go through the slot; the others pass it by (Mixture-of-Depths, arXiv
     2404.02258). `routing.py` has the routers.
     """

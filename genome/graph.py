@@ -6,9 +6,10 @@ from typing import Literal
 
 import networkx as nx
 
+from ..primitives.base import EMBEDDING, carries, reads_stream
 from ..primitives.position import ADDED
 from .genome import Genome
-from .residual import entry_norm, final_norm, join_of, norms_of
+from .residual import entry_norm, final_norm, join_of, norms_before, norms_of
 from .resolve import configs, groups, primitive_of
 
 NodeKind = Literal["embedding", "norm", "operator", "join", "add", "head"]
@@ -35,9 +36,8 @@ def graph(genome: Genome) -> nx.DiGraph[str]:
         width=genome.width,
         added=genome.position if genome.position in ADDED else "none",
     )
-    norm, placement = norms_of(genome)
+    placement = norms_of(genome)[1]
     sphere = genome.residual == "ngpt"
-    before = norm != "none" and placement != "post"
     within = sphere or placement == "sandwich"
     after = sphere or placement == "post"
     # A reversible backbone has two streams, which its slots change in turn.
@@ -49,9 +49,10 @@ def graph(genome: Genome) -> nx.DiGraph[str]:
         name = f"slot{i}"
         own, read = i % len(streams), (i + 1) % len(streams)
         source = streams[read]
-        if before:
+        if norms_before(genome, row):
             source = _after(made, source, f"{name}.norm", "norm", i)
-        outputs = []
+        outputs: list[str] = []
+        join = join_of(genome, slot)
         for j, (op, config) in enumerate(zip(slot.branches, row, strict=True)):
             outputs.append(f"{name}.{j}")
             made.add_node(
@@ -62,12 +63,17 @@ def graph(genome: Genome) -> nx.DiGraph[str]:
                 config=config,
                 primitive=primitive_of(op).name,
             )
-            made.add_edge(source, outputs[-1], kind="data")
+            entry = streams[read] if reads_stream(config) else source
+            made.add_edge(entry, outputs[-1], kind="data")
+            if carries(config) == EMBEDDING:
+                made.add_edge(start, outputs[-1], kind="data")
+            if join == "chain" and j:
+                made.add_edge(outputs[-2], outputs[-1], kind="data")
         result = outputs[0]
         if len(outputs) > 1:
             result = f"{name}.join"
-            made.add_node(result, kind="join", slot=i, join=join_of(genome, slot))
-            for output in outputs:
+            made.add_node(result, kind="join", slot=i, join=join)
+            for output in outputs[-1:] if join == "chain" else outputs:
                 made.add_edge(output, result, kind="data")
         if within:
             result = _after(made, result, f"{name}.norm2", "norm", i)

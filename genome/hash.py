@@ -43,9 +43,13 @@ def canonical_form(genome: Genome) -> tuple[Any, ...]:
     joins: dict[int, str] = {}
     parts: dict[int, float] = {}
     sharing = _Sharing(made)
+    chained = {data["slot"] for _, data in made.nodes(data=True) if data.get("join") == "chain"}
     for node, data in made.nodes(data=True):
         if data["kind"] == "operator":
-            sharing.colours[node] = fingerprint(data["config"])
+            colour = fingerprint(data["config"])
+            # Branches have an order in a chain alone.
+            at = node.rpartition(".")[2]
+            sharing.colours[node] = f"{at} {colour}" if data["slot"] in chained else colour
             sharing.slots[node] = data["slot"]
         elif data["kind"] == "join":
             joins[data["slot"]] = data["join"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,15 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.linear_cross_entropy import linear_cross_entropy
-from ..primitives.base import TOKENS, Carry, State, carries, is_causal
+from ..primitives.base import EMBEDDING, TOKENS, Carry, State, carries, is_causal, own_params
 from ..primitives.norm import dyt_alpha, make_norm
 from ..primitives.position import added_position
 from ..primitives.sphere import Scale, stream_maps, to_sphere
 from .blueprint import Blueprint
-from .genome import Genome, Op
+from .genome import Genome
 from .residual import Entry, SlotBlock, final_norm
 from .reversible import plain_streams, reversible_streams
-from .routing import Chosen, Joined, Router, RowStates, run_rows
+from .routing import Chosen, Joined, Router, RowStates, keywords, run_rows
 
 
 @dataclass
@@ -54,28 +55,12 @@ class LanguageModel(nn.Module):
         width = genome.width
         self.embedding = nn.Embedding(self.vocab, width)
         self.position = added_position(genome.position, width)
-        # Operators that share weights are one module that stands once in the list.
-        self.operators = nn.ModuleList()
-        self.plan: list[list[int]] = []
-        self._carries: list[list[str | None]] = []
-        shared: dict[str, int] = {}
-        for row in blueprint.parts:
-            indices = []
-            for part in row:
-                op, config = part.op, part.config
-                index = shared.get(op.weights) if op.weights is not None else None
-                if index is None:
-                    index = len(self.operators)
-                    self.operators.append(config.build())
-                    if op.weights is not None:
-                        shared[op.weights] = index
-                indices.append(index)
-            self.plan.append(indices)
-            self._carries.append([carries(part.config) for part in row])
+        self.operators, self.plan, self._place = _operators(blueprint)
+        self._carries = [[carries(part.config) for part in row] for row in blueprint.parts]
         self._ahead = [[not is_causal(part.config) for part in row] for row in blueprint.parts]
         self.entry = Entry(genome)
         self.blocks = nn.ModuleList(
-            SlotBlock(genome, slot, any(part.mixes for part in row))
+            SlotBlock(genome, slot, row)
             for slot, row in zip(genome.slots, blueprint.parts, strict=True)
         )
         self.final_norm = make_norm(final_norm(genome), width, dyt_alpha(width, False))
@@ -101,7 +86,7 @@ class LanguageModel(nn.Module):
         if self.genome.residual == "reversible":
             x = self._reversible(x, state, tokens)
         else:
-            lent: dict[str, Any] = {TOKENS: [tokens]}
+            lent: dict[str, Any] = {TOKENS: [tokens], EMBEDDING: [x]}
             losses = []
             for i, block in enumerate(self.blocks):
                 assert isinstance(block, SlotBlock)
@@ -146,19 +131,18 @@ class LanguageModel(nn.Module):
 
         `earlier` is the index of the tokens that the same call chose before, if it is made again.
         """
-        x = block.read(x)
+        read = block.read(x)
         if block.depth is not None:
-            chosen = block.depth.choose(x, self.training and state is None, earlier)
-            return self._part(i, block, x, chosen, state, lent[TOKENS][0])
-        outputs = []
+            chosen = block.depth.choose(read, self.training and state is None, earlier)
+            return self._part(i, block, x, read, chosen, state, lent)
+        outputs: list[Tensor] = []
         handed: dict[str, list[list[Tensor]]] = {}
-        for j, op in enumerate(self.genome.slots[i].branches):
-            operator = self.operators[self.plan[i][j]]
+        for j in range(len(self.plan[i])):
             held = None if state is None else state.operators[i][j]
             assert not isinstance(held, RowStates)
             label = self._carries[i][j]
             carry = None if label is None else Carry(lent.get(label))
-            y, new = self._call(operator, op, (i, j), x, held, lent, carry)
+            y, new = self._call((i, j), block.enter(j, x, read, outputs), held, lent, carry)
             outputs.append(y)
             if state is not None:
                 state.operators[i][j] = new
@@ -170,39 +154,48 @@ class LanguageModel(nn.Module):
                 torch.stack(parts).mean(0) if len(parts) > 1 else parts[0]
                 for parts in zip(*branches, strict=True)
             ]
-        return Joined(*block.combine(x, outputs), None)
+        return Joined(*block.combine(read, outputs), None)
 
     def _part(
         self,
         i: int,
         block: SlotBlock,
         x: Tensor,
+        read: Tensor,
         chosen: Chosen,
         state: ModelState | None,
-        tokens: Tensor,
+        lent: dict[str, Any],
     ) -> Joined:
-        """A slot's operators over those of the tokens x (B, T, D) that go through it.
+        """A slot's operators over those tokens of the stream x (B, T, D) that go through it; `read`
+        is what the slot reads of x.
 
         Such a slot lends nothing and stands outside the chains of `carries`: no other slot has its
-        tokens.
+        tokens. What the model hands on it has.
         """
-        x, ids = chosen.of(x), tokens.gather(1, chosen.index)
+        x, read = chosen.of(x), chosen.of(read)
         if x.shape[1] == 0:
             return Joined(x, chosen.factor, chosen)
-        outputs = []
+        outputs: list[Tensor] = []
         for j, index in enumerate(self.plan[i]):
             operator = self.operators[index]
             held = None if state is None else state.operators[i][j]
             assert held is None or isinstance(held, RowStates)
-            read = ids if self._carries[i][j] == TOKENS else None
+            label = self._carries[i][j]
+            handed = None
+            if label == TOKENS:
+                handed = lent[TOKENS][0].gather(1, chosen.index)
+            elif label == EMBEDDING:
+                handed = chosen.of(lent[EMBEDDING][0])
+            place = self._place[i][j]
+            entering = block.enter(j, x, read, outputs)
             # Rows that end early are filled up, which only a look ahead could see.
             alone = chosen.counts is not None and self._ahead[i][j]
             if held is not None or alone:
-                outputs.append(run_rows(operator, x, read, chosen, held))
+                outputs.append(run_rows(operator, entering, handed, place, chosen, held))
             else:
-                more = {} if read is None else {"carry": Carry([read])}
-                outputs.append(operator(x, None, **more)[0])
-        y, factor = block.combine(x, outputs)
+                more = keywords(None if handed is None else Carry([handed]), place)
+                outputs.append(operator(entering, None, **more)[0])
+        y, factor = block.combine(read, outputs)
         both = chosen.factor if factor is None else chosen.factor * factor
         return Joined(y, both, chosen)
 
@@ -217,6 +210,8 @@ class LanguageModel(nn.Module):
             assert isinstance(block, SlotBlock)
             stream = stream.to(dtype)
             lent.setdefault(TOKENS, [tokens])
+            # Both streams begin at the embedding, so the first slot reads it and lends it.
+            lent.setdefault(EMBEDDING, [stream])
             y, factor, chosen = self._slot(i, block, stream, state, lent, entered.get(i))
             y = block.added(y, factor)
             if chosen is not None:
@@ -238,22 +233,22 @@ class LanguageModel(nn.Module):
 
     def _call(
         self,
-        operator: nn.Module,
-        op: Op,
         at: tuple[int, int],
         x: Tensor,
         state: State | None,
         lent: dict[str, Any],
         carry: Carry | None = None,
     ) -> tuple[Tensor, Any]:
+        i, j = at
+        operator, label = self.operators[self.plan[i][j]], self.blueprint.parts[i][j].op.features
         if at in self._borrowers:
             y = operator.forward_borrowing(x, lent[self._borrowers[at]])  # type: ignore[operator]
             if state is not None:
                 state.length += x.shape[1]
             return y, state
-        more = {} if carry is None else {"carry": carry}
-        if op.features is not None:
-            y, new, lent[op.features] = operator.forward_lending(x, state, **more)  # type: ignore[operator]
+        more = keywords(carry, self._place[i][j])
+        if label is not None:
+            y, new, lent[label] = operator.forward_lending(x, state, **more)  # type: ignore[operator]
             return y, new
         y, new = operator(x, state, **more)
         return y, new
@@ -312,14 +307,12 @@ class LanguageModel(nn.Module):
             if isinstance(part, Router):
                 found[f"blocks.{name}.weight"] = 1
         lent: dict[str, Any] = {}
-        for i, j, op in self.genome.ops():
+        for i, j, _ in self.genome.ops():
             index = self.plan[i][j]
             operator = self.operators[index]
 
-            def call(
-                x: Tensor, operator: nn.Module = operator, op: Op = op, i: int = i, j: int = j
-            ) -> Tensor:
-                return self._call(operator, op, (i, j), x, None, lent)[0]
+            def call(x: Tensor, i: int = i, j: int = j) -> Tensor:
+                return self._call((i, j), x, None, lent)[0]
 
             operator.eval()
             maps = stream_maps(operator, call, self.genome.width)
@@ -356,6 +349,37 @@ class LanguageModel(nn.Module):
                     reports[f"slot{i}.{j}"] = report()
                 asked.add(index)
         return {place: report for place, report in reports.items() if report}
+
+
+def _operators(
+    blueprint: Blueprint,
+) -> tuple[nn.ModuleList, list[list[int]], list[list[int | None]]]:
+    """The modules, and per slot and branch which one stands there and as which of its places.
+
+    Operators that share weights are one module that stands once in the list. The place is None
+    where a module has nothing of its own in each.
+    """
+    labels = Counter(part.op.weights for row in blueprint.parts for part in row)
+    modules = nn.ModuleList()
+    shared: dict[str, int] = {}
+    taken: Counter[int] = Counter()
+    plan, places = [], []
+    for row in blueprint.parts:
+        indices: list[int] = []
+        own: list[int | None] = []
+        for part in row:
+            config, label = part.config, part.op.weights
+            index = len(modules) if label is None else shared.setdefault(label, len(modules))
+            several = own_params(config) > 0
+            if index == len(modules):
+                count = 1 if label is None else labels[label]
+                modules.append(config.build(count) if several else config.build())  # type: ignore[call-arg]
+            indices.append(index)
+            own.append(taken[index] if several else None)
+            taken[index] += 1
+        plan.append(indices)
+        places.append(own)
+    return modules, plan, places
 
 
 def _sum(losses: Iterable[Tensor | None]) -> Tensor | None:

@@ -32,12 +32,16 @@ f(norm(x)), post (1706.03762) norm(x + f(x)), sandwich (2105.13290) x + norm(f(n
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor, nn
 
+from ..primitives.base import Config, reads_stream
 from ..primitives.norm import dyt_alpha, make_norm, norm_params
 from ..primitives.position import ADDED
 from ..primitives.sphere import Scale, unit
+from .blueprint import Part
 from .genome import Genome, Slot
 from .routing import Best, Depth, Gate, Router
 
@@ -78,11 +82,17 @@ def layer_scale(slots: int) -> float:
     return 0.1 if blocks <= 18 else 1e-5 if blocks <= 24 else 1e-6
 
 
-def block_params(genome: Genome, slot: Slot) -> int:
+def norms_before(genome: Genome, configs: Iterable[Config]) -> bool:
+    """A norm stands before a slot's operators: where an operator reads the stream through one."""
+    norm, placement = norms_of(genome)
+    return norm != "none" and placement != "post" and not all(map(reads_stream, configs))
+
+
+def block_params(genome: Genome, slot: Slot, configs: Iterable[Config]) -> int:
     """The parameters of a slot beside its operators', counted without making them."""
     width = genome.width
     norm, placement = norms_of(genome)
-    norms = 2 if placement == "sandwich" else 1
+    norms = int(norms_before(genome, configs)) + int(placement != "pre")
     if join_of(genome, slot) == "norm":
         norms += len(slot.branches)
     scale = {"layerscale": width, "rezero": 1, "ngpt": width}.get(genome.residual, 0)
@@ -138,15 +148,17 @@ class SlotBlock(nn.Module):
     """The norms of one slot, the join of its branches, its scaling and routers; not the
     operators."""
 
-    def __init__(self, genome: Genome, slot: Slot, mixes: bool) -> None:
-        """`mixes`: an operator of the slot mixes tokens."""
+    def __init__(self, genome: Genome, slot: Slot, parts: Sequence[Part]) -> None:
         super().__init__()
         width = genome.width
         norm, self.placement = norms_of(genome)
         self.join = join_of(genome, slot)
         # DyT begins otherwise before attention; here that is before any mixer over tokens.
+        mixes = any(part.mixes for part in parts)
         alpha, other = dyt_alpha(width, mixes), dyt_alpha(width, False)
-        before, after = self.placement != "post", self.placement != "pre"
+        configs = [part.config for part in parts]
+        before, after = norms_before(genome, configs), self.placement != "pre"
+        self.bare = [reads_stream(config) for config in configs]
         self.before = make_norm(norm, width, alpha) if before else nn.Identity()
         self.after = make_norm(norm, width, other) if after else nn.Identity()
         norms = len(slot.branches) if self.join == "norm" else 0
@@ -164,9 +176,17 @@ class SlotBlock(nn.Module):
         self.depth = Depth(width, slot.tokens) if depth else None
 
     def read(self, x: Tensor) -> Tensor:
-        """What the operators get of the stream."""
+        """What operators without a norm of their own get of the stream."""
         read: Tensor = self.before(x) if self.rate is None else x * x.shape[-1] ** 0.5
         return read
+
+    def enter(self, branch: int, x: Tensor, read: Tensor, made: list[Tensor]) -> Tensor:
+        """What a branch gets, from the stream x, what the slot reads of it, and the outputs of the
+        branches before it."""
+        if self.join == "chain" and made:
+            x = x + made[-1] if self.rate is None else unit(x + unit(made[-1]))
+            read = x if self.bare[branch] else self.read(x)
+        return x if self.bare[branch] else read
 
     def combine(self, x: Tensor, outputs: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Branch outputs, each (B, T, D), to one, from what the slot read; and the factor (B, T, 1)
@@ -176,8 +196,8 @@ class SlotBlock(nn.Module):
         return self._fixed(outputs), None
 
     def _fixed(self, outputs: list[Tensor]) -> Tensor:
-        if len(outputs) == 1:
-            return outputs[0]
+        if len(outputs) == 1 or self.join == "chain":
+            return outputs[-1]
         if self.join == "norm" and self.rate is not None:
             outputs = [unit(y) for y in outputs]
         elif self.join == "norm":

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -218,16 +218,23 @@ def passing(tokens: float, length: int) -> int:
     return min(length, max(1, math.ceil(tokens * length - 1e-9)))
 
 
+def keywords(carry: Carry | None, place: int | None) -> dict[str, Any]:
+    """What an operator's call takes beside input and state."""
+    given = {"carry": carry, "place": place}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def run_rows(
     operator: nn.Module,
     x: BTD,
-    tokens: Tensor | None,
+    handed: Tensor | None,
+    place: int | None,
     chosen: Chosen,
     states: RowStates | None,
 ) -> BTD:
     """An operator over the chosen tokens (B, K, D), each row by itself, its state updated.
 
-    `tokens` are their ids (B, K), for an operator that reads them.
+    `handed` is what the model hands on of them, (B, K) or (B, K, D), for an operator that reads it.
     """
     assert chosen.counts is not None
     rows = []
@@ -235,8 +242,9 @@ def run_rows(
         y = x[row : row + 1, :0]
         if count:
             state = None if states is None else states.rows[row]
-            more = {} if tokens is None else {"carry": Carry([tokens[row : row + 1, :count]])}
-            y, new = operator(x[row : row + 1, :count], state, **more)
+            of = (slice(row, row + 1), slice(count))
+            carry = None if handed is None else Carry([handed[of]])
+            y, new = operator(x[of], state, **keywords(carry, place))
             if states is not None:
                 states.rows[row] = new
         rows.append(F.pad(y, (0, 0, 0, x.shape[1] - count)))

@@ -378,9 +378,11 @@ class Space(_Part):
         }
         total = sum(each.values())
         mixers = sum(each[name] for name in slot.mixers)
+        chains = int("chain" in self.join)
         for branches in range(2, self.parallel.branches + 1):
-            # Branches have no order: multisets.
-            total += math.comb(mixers + branches - 1, branches) * len(self.join)
+            # Branches have an order in a chain alone, otherwise they are multisets.
+            multisets = math.comb(mixers + branches - 1, branches)
+            total += multisets * (len(self.join) - chains) + mixers**branches * chains
         return total * len(self.tokens)
 
 

@@ -209,6 +209,9 @@ class State:
 TOKENS = "tokens"
 """What the model itself hands on to the first slot and all later ones: the token ids (B, T)."""
 
+EMBEDDING = "embedding"
+"""Likewise: the stream as it enters the first slot, (B, T, D)."""
+
 
 @dataclass
 class Carry:
@@ -231,6 +234,20 @@ def carries(config: Config) -> str | None:
     """
     name: str | None = getattr(config, "carries", None)
     return name
+
+
+def reads_stream(config: Config) -> bool:
+    """The operator norms its input itself: it gets the stream and not the slot's norm of it."""
+    return bool(getattr(config, "reads_stream", False))
+
+
+def own_params(config: Config) -> int:
+    """The parameters that every place of an operator with shared weights has of its own.
+
+    Where there are any, the config has `build(places)`, for a module with so many of those parts,
+    and the module takes the number of its place, from 0, as the keyword `place`.
+    """
+    return int(getattr(config, "own_params", 0))
 
 
 class Operator(nn.Module):
@@ -317,6 +334,11 @@ class Primitive:
     lending_problem: Callable[[Config, Config], str | None] | None = None
     """For a primitive that lends: why the second config cannot use the features of the first, as a
     sentence; None where it can. Either config may be another primitive's."""
+
+    @property
+    def attends(self) -> bool:
+        """It is, or holds, attention: low-rank token mixing with a softmax (arXiv 2411.17800)."""
+        return self.liv.token_mixing == "low-rank" and self.liv.nonlinearity == "softmax"
 
     def defaults(self) -> dict[str, Gene]:
         return {axis.name: axis.default for axis in self.axes}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .attention.axes import ATTENTION
+from .attention.shared_axes import SHARED_BLOCK
 from .base import Gene, GeneError, Point, Primitive
 from .channel.kan import KAN
 from .channel.mlp import MLP
@@ -34,6 +35,7 @@ from .recurrence.rwkv7 import RWKV7
 
 CATALOGUE: tuple[Primitive, ...] = (
     ATTENTION,
+    SHARED_BLOCK,
     RECURRENCE,
     DELTA,
     RWKV7,

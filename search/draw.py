@@ -194,6 +194,23 @@ def _slot(
     middles: dict[tuple[int, int], int],
     edges: dict[int, int],
 ) -> None:
+    bodies = []
+    for first, part in row.parts():
+        bodies.append(_branches(canvas, layout, part, first, middles))
+        if part.join == "chain":
+            label = " chain "
+            canvas.put(len(canvas.rows) - 1, layout.centre - len(label) // 2, label, "dim")
+    middle = bodies[0][(len(bodies[0]) - 1) // 2]
+    number = str(row.index)
+    canvas.put(middle, 3 - len(number), number, "dim")
+    _costs(canvas, layout, middle, row.cost)
+    edges[row.index] = layout.right
+
+
+def _branches(
+    canvas: Canvas, layout: _Layout, row: Row, first: int, middles: dict[tuple[int, int], int]
+) -> list[int]:
+    """Boxes side by side, the first one being that branch of the slot; the lines of their texts."""
     count = len(row.boxes)
     each = (layout.boxes - 2 * (count - 1)) // count
     if each >= LEAST_BOX:
@@ -233,17 +250,13 @@ def _slot(
                 text, style = lines[i - skip]
                 canvas.put(y, x + 1, text.center(w - 2), style)
     for j in range(count):
-        middles[row.index, j] = body[0]
+        middles[row.index, first + j] = body[0]
     if len(centres) > 1:
         y = canvas.line()
         _branch_line(canvas, y, centres, layout.centre, "╰╯┴", "┬")
         label = f" {row.join} "
         canvas.put(y, layout.centre - len(label) // 2, label, "dim")
-    middle = body[(height - 1) // 2]
-    number = str(row.index)
-    canvas.put(middle, 3 - len(number), number, "dim")
-    _costs(canvas, layout, middle, row.cost)
-    edges[row.index] = layout.right
+    return body
 
 
 def _branch_line(

@@ -92,7 +92,7 @@ def _kind(name: str) -> str:
         primitive, _ = find(name)
     except GeneError:
         return "mixer"
-    return "attention" if primitive.name == "attention" else primitive.kind
+    return "attention" if primitive.attends else primitive.kind
 
 
 def judged(trials: Sequence[TrialRecord]) -> list[TrialRecord]:

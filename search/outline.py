@@ -6,7 +6,7 @@ The terminal drawing (`draw.py`) and the picture (`picture.py`) are two renderin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..genome.cost import ModelCost
 from ..genome.genome import Genome, Op
@@ -44,6 +44,27 @@ class Row:
     def pattern(self) -> tuple[object, ...]:
         """Equal where two slots look alike and cost the same."""
         return (self.boxes, self.join, self.cost, self.tokens)
+
+    def parts(self) -> list[tuple[int, Row]]:
+        """What is drawn side by side, one below the other, with the number of its first branch.
+
+        The branches of a chain stand alone, all but the last with the join that leads to the next.
+        """
+        if self.join != "chain":
+            return [(0, self)]
+        last = len(self.boxes) - 1
+        return [
+            (
+                j,
+                replace(
+                    self,
+                    boxes=(box,),
+                    join="" if j == last else "chain",
+                    tokens=1.0 if j else self.tokens,
+                ),
+            )
+            for j, box in enumerate(self.boxes)
+        ]
 
     @property
     def entry(self) -> str:
@@ -99,10 +120,11 @@ def outline(genome: Genome, cost: ModelCost) -> Outline:
             joins[node["slot"]] = node["join"]
         elif "tokens" in node:
             tokens[node["slot"]] = node["tokens"]
-    rows = [
-        Row(i, tuple(sorted(branches, key=_shares)), joins.get(i, ""), cost.slots[i], tokens[i])
-        for i, branches in sorted(boxes.items())
-    ]
+    rows = []
+    for i, branches in sorted(boxes.items()):
+        join = joins.get(i, "")
+        ordered = branches if join == "chain" else sorted(branches, key=_shares)
+        rows.append(Row(i, tuple(ordered), join, cost.slots[i], tokens[i]))
     blocks = fold(rows)
     drawn = [row for block in blocks for row in block.rows]
     return Outline(genome, cost, blocks, _links(drawn))
@@ -158,7 +180,7 @@ def _better_later(rows: Sequence[Row], patterns: Sequence[object], start: int) -
 
 
 def _shares(box: Box) -> bool:
-    """Branches that share stand last, beside the rails; no join minds the order."""
+    """Branches that share stand last, beside the rails, where their order means nothing."""
     return box.weights is not None or box.features is not None
 
 

@@ -151,6 +151,22 @@ def _block(
 def _slot(
     sheet: _Sheet, row: Row, numbers: float, places: dict[tuple[int, int], tuple[float, float]]
 ) -> None:
+    centres = []
+    for first, part in row.parts():
+        centres.append(_branches(sheet, part, first, places))
+        if part.join == "chain":
+            sheet.text(_LEFT + _BOXES / 2 + 6, sheet.y + _GAP - 3, "chain", "small", "start")
+    centre = centres[0] + 4
+    sheet.text(6, centre, str(row.index), "small", "start")
+    cost = row.cost
+    _numbers(sheet, numbers, centre, cost.params, cost.state_bytes, cost.flops_per_token)
+
+
+def _branches(
+    sheet: _Sheet, row: Row, first: int, places: dict[tuple[int, int], tuple[float, float]]
+) -> float:
+    """Boxes side by side, the first one being that branch of the slot; the height of their
+    middle."""
     count = len(row.boxes)
     middle = _LEFT + _BOXES / 2
     width = (_BOXES - 10.0 * (count - 1)) / count
@@ -175,11 +191,10 @@ def _slot(
         for k, line in enumerate(lines):
             sheet.text(x, y + k * _LINE, line, "name" if k == 0 else "small")
         # Rails leave the last branch at its own height, the others a little lower.
-        places[row.index, j] = (x + width / 2, top + height / 2 + (0 if j == count - 1 else 8))
-    centre = top + height / 2 + 4
-    sheet.text(6, centre, str(row.index), "small", "start")
-    cost = row.cost
-    _numbers(sheet, numbers, centre, cost.params, cost.state_bytes, cost.flops_per_token)
+        places[row.index, first + j] = (
+            x + width / 2,
+            top + height / 2 + (0 if j == count - 1 else 8),
+        )
     sheet.y = top + height
     if count > 1:
         join = sheet.y + 10
@@ -190,6 +205,7 @@ def _slot(
             middle + 6, join + 13, " · ".join(filter(None, (row.join, row.entry))), "small", "start"
         )
         sheet.y = join
+    return top + height / 2
 
 
 def _lines(box: Box, chars: int) -> list[str]:

@@ -33,7 +33,7 @@ space:
   # slots:                     # choices per slot, the first rule that matches wins
   #   - {{at: 0, operators: [mamba2]}}
   parallel: {{branches: 2, share: 0.2}}        # up to two operators side by side
-  join: [mean]                 # of them: also sum, norm; by a router: gate, top1
+  join: [mean]                 # of them: also sum, norm, chain; by a router: gate, top1
   tokens: [1.0]                # shares of the tokens that a slot may take (mixture of depths)
   sharing: {{weights: true, features: true}}   # of weights, and of keys and values
   constraints:

@@ -97,6 +97,8 @@ def _mamba2(width: int, layers: int) -> dict[str, Any]:
     }
 
 
+ZAMBA2_7B = [6, 11, *range(17, 78, 6)]
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama-2-7b": {
         **LLAMA,
@@ -339,6 +341,39 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "use_bias": False,
         "use_conv_bias": True,
         "vocab_size": 131072,
+    },
+    "zamba2-7b": {
+        "model_type": "zamba2",
+        "adapter_rank": 128,
+        "add_bias_linear": False,
+        "attention_head_dim": 224,
+        "attention_hidden_size": 7168,
+        "chunk_size": 256,
+        "hidden_act": "gelu",
+        "hidden_size": 3584,
+        "hybrid_layer_ids": ZAMBA2_7B,
+        "intermediate_size": 14336,
+        "kv_channels": 112,
+        "layers_block_type": ["hybrid" if i in ZAMBA2_7B else "mamba" for i in range(81)],
+        "mamba_d_conv": 4,
+        "mamba_d_state": 64,
+        "mamba_expand": 2,
+        "mamba_headdim": 64,
+        "mamba_ngroups": 2,
+        "n_mamba_heads": 112,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 81,
+        "num_key_value_heads": 32,
+        "num_mem_blocks": 2,
+        "num_query_groups": 32,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000,
+        "use_conv_bias": True,
+        "use_long_context": False,
+        "use_mem_rope": True,
+        "use_shared_attention_adapter": False,
+        "use_shared_mlp_adapter": True,
+        "vocab_size": 32000,
     },
     "kimi-linear-48b-a3b": {
         "model_type": "kimi_linear",

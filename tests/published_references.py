@@ -27,6 +27,7 @@ LFM2: dict[str, Any] = {
     "conv_L_cache": 3,
     "tie_word_embeddings": True,
 }
+MINI: dict[str, Any] = {"use_shared_attention_adapter": True, "use_mem_rope": True}
 GRANITE: dict[str, Any] = {
     "vocab_size": 100352,
     "num_hidden_layers": 40,
@@ -133,6 +134,16 @@ REFERENCES: dict[str, Any] = {
         num_attention_heads=16,
         num_key_value_heads=1,
     ),
+    "zamba2-1.2b": lambda: zamba2(2048, 38, [5, 11, 17, 23, 29, 35], mamba_d_state=128, **MINI),
+    "zamba2-2.7b": lambda: zamba2(2560, 54, None, num_mem_blocks=2),
+    "zamba2-7b": lambda: zamba2(
+        3584,
+        81,
+        [6, 11, *range(17, 78, 6)],
+        mamba_ngroups=2,
+        num_mem_blocks=2,
+        use_mem_rope=True,
+    ),
     "xlstm-7b": lambda: transformers.xLSTMConfig(),
     # The classes' defaults are the larger gpt-oss and Qwen3-Next.
     "gpt-oss-20b": lambda: transformers.GptOssConfig(num_hidden_layers=24, num_local_experts=32),
@@ -145,6 +156,18 @@ REFERENCES: dict[str, Any] = {
     "nemotron-nano-9b-v2": lambda: nemotron(NANO_9B, (4480, 15680), 40, (128, 80, 128)),
     "nemotron-nano-12b-v2": lambda: nemotron(NANO_12B, (5120, 20480), 40, (128, 80, 128)),
 }
+
+
+def zamba2(
+    width: int, layers: int, hybrids: list[int] | None, **more: Any
+) -> transformers.PreTrainedConfig:
+    """`hybrids` are the layers with a shared block; None for the class' own."""
+    if hybrids is not None:
+        kinds = ["hybrid" if i in hybrids else "mamba" for i in range(layers)]
+        more["layers_block_type"] = kinds
+    return transformers.Zamba2Config(
+        hidden_size=width, num_hidden_layers=layers, n_mamba_heads=width // 32, **more
+    )
 
 
 def nemotron(

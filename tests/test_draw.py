@@ -82,6 +82,25 @@ def test_the_fold_holds_every_slot_once(notation: str) -> None:
     assert single.links == content(notation).links
 
 
+def test_a_chain_stands_one_below_the_other() -> None:
+    chain = "[shared-block(weights=@a) | mamba2](join=chain{})"
+    genome = f"{{width=64}} {chain.format(', tokens=0.5')} > swiglu > {chain.format('')}"
+    drawn = lines(genome)[1:]
+    names = ("shared-block", "chain", "mamba2", "swiglu")
+    order = [name for line in drawn for name in names if name in line]
+    assert order == ["shared-block", "chain", "mamba2", "swiglu", "shared-block", "chain", "mamba2"]
+    # The rail of shared weights ends at the blocks.
+    assert [line for line in drawn if "├─╮" in line or "├─╯" in line] == [
+        line for line in drawn if "shared-block" in line
+    ]
+    svg = picture(content(genome), "a chain")
+    found = re.findall(">(shared-block|chain|mamba2|tokens=0.5)<", svg)
+    assert found == [
+        *("shared-block", "tokens=0.5", "chain", "mamba2"),
+        *("shared-block", "chain", "mamba2"),
+    ]
+
+
 def test_branches_stand_side_by_side_with_their_join() -> None:
     drawn = lines("{width=64} [gqa(kv_heads=2) | mamba2](join=norm) > swiglu")
     row = next(line for line in drawn if "gqa" in line)

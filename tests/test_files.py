@@ -122,7 +122,7 @@ def test_absent_header_genes_take_their_defaults() -> None:
         ),
         (
             with_slot({"parallel": [{"op": "mha"}], "join": "max"}),
-            "slots[1].join: join is one of mean, sum, norm, gate, top1, not max",
+            "slots[1].join: join is one of mean, sum, norm, gate, top1, chain, not max",
         ),
         (
             with_slot({"parallel": [{"op": "mha"}], "tokens": 2}),

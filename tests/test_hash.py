@@ -141,7 +141,8 @@ def scrambled(genome: Genome, rng: np.random.Generator) -> Genome:
             for op in slot.branches
         ]
         join = slot.join if len(ops) > 1 else "sum"
-        ops = [ops[i] for i in rng.permutation(len(ops))]
+        if join != "chain":
+            ops = [ops[i] for i in rng.permutation(len(ops))]
         slots.append(Slot(tuple(ops), join, slot.tokens))
     return replace(genome, slots=tuple(slots))
 

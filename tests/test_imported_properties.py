@@ -24,7 +24,7 @@ from mendel.genome.imported import FAMILIES, ConfigurationError, Imported
 
 MOST = 3000
 """Draws, of which enough must be configurations to the library and genomes to us."""
-APART = {"qwen3_next", "gpt_oss", "recurrent_gemma", "xlstm", "kimi_linear"}
+APART = {"qwen3_next", "gpt_oss", "recurrent_gemma", "xlstm", "kimi_linear", "zamba2"}
 """Families whose logits are compared elsewhere, at one configuration."""
 HARMLESS = ("epsilon", "least step size", "second token", "cap on logits")
 """Differences that the comparison of logits takes away."""

@@ -153,7 +153,7 @@ MHA_PATTERNS = find("mha")[0].axis("pattern").allowed()
         ("[mha | mha](jion=sum)", "column 13: a slot has 'join' and 'tokens', not 'jion'"),
         (
             "[mha | mha](join=max)",
-            "column 18: join is one of mean, sum, norm, gate, top1, not max",
+            "column 18: join is one of mean, sum, norm, gate, top1, chain, not max",
         ),
         ("[mha](tokens=0)", "column 14: tokens is a number from 0.001 to 1, not 0"),
         ("[mha](tokens=0.5, tokens=1)", "column 19: tokens is given twice"),

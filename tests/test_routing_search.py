@@ -127,7 +127,7 @@ def test_a_branch_that_is_left_alone_has_no_join() -> None:
         ({"tokens": []}, "space.tokens: the list is empty; tokens is a number from 0.001 to 1"),
         (
             {"join": ["best"]},
-            "space.join.0: join is one of mean, sum, norm, gate, top1, not best",
+            "space.join.0: join is one of mean, sum, norm, gate, top1, chain, not best",
         ),
     ],
 )

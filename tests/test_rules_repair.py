@@ -152,7 +152,7 @@ def test_every_rule_says_what_is_wrong(text: str, rule: str, sentence: str) -> N
         (
             Genome(64, (Slot((Op("mha"),), "max"),)),
             "slot",
-            "slot 0: join is one of mean, sum, norm, gate, top1, not max",
+            "slot 0: join is one of mean, sum, norm, gate, top1, chain, not max",
         ),
         (
             Genome(64, (Slot((Op("mha", (("heds", 2),)),)),)),

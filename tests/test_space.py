@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from mendel.genome.check import wide_space
 from mendel.genome.constraints import Constraints, attention_share, exceeded, satisfied
 from mendel.genome.cost import cost
-from mendel.genome.genome import Genome
+from mendel.genome.genome import Genome, Slot
 from mendel.genome.notation import parse, show
 from mendel.genome.quantity import Bytes, Count
 from mendel.genome.repair import repair
@@ -20,6 +20,7 @@ from mendel.genome.rules import space_violations, violations
 from mendel.genome.sample import chooser, sample, sample_valid
 from mendel.genome.space import show_size
 from mendel.genome.space_check import SpaceError, check_space, read_space
+from mendel.primitives.base import Gene
 from mendel.primitives.catalogue import find
 
 EXAMPLE: dict[str, Any] = {
@@ -149,12 +150,19 @@ class Enumerator:
         return bool(self.path)
 
 
+def _branches(slot: Slot) -> tuple[tuple[str, tuple[tuple[str, Gene], ...]], ...]:
+    """What tells slots apart: the branches, whose order means something in a chain alone."""
+    found = [(op.name, op.genes) for op in slot.branches]
+    return tuple(found if slot.join == "chain" else sorted(found))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {},
         {"pattern": "free", "depth": [1, 3]},
         {"parallel": {"branches": 2, "share": 0.5}, "join": ["mean", "sum"], "depth": 3},
+        {"parallel": {"branches": 2, "share": 0.5}, "join": ["mean", "chain"], "depth": 2},
         {"parallel": {"branches": 3, "share": 0.5}, "depth": 2, "tied": [True, False]},
         {"parallel": {"branches": 2, "share": 0.5}, "depth": 2, "tokens": [1.0, 0.5, 0.25]},
         {"slots": [{"at": -1, "operators": ["swiglu"]}], "position": ["rope", "none"]},
@@ -173,7 +181,7 @@ def test_the_size_is_counted_right(changes: dict[str, Any]) -> None:
         genome = sample(space, choose)
         ordered = [
             (
-                tuple(sorted((op.name, op.genes) for op in slot.branches)),
+                _branches(slot),
                 slot.join,
                 slot.tokens,
             )

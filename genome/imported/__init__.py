@@ -14,7 +14,7 @@ from ...primitives.base import GeneError
 from ...primitives.nearest import unknown
 from ..files import GenomeFileError, parse_json
 from ..genome import Genome
-from . import deltas, dense, experts, hybrids, listed, mamba, recurrent, remote
+from . import deltas, dense, experts, hybrids, listed, mamba, recurrent, remote, zamba
 from .fields import ConfigurationError as ConfigurationError
 from .fields import Family, Fields, shown
 
@@ -45,6 +45,7 @@ FAMILIES: dict[str, Family] = {
     "falcon_h1": hybrids.falcon_h1,
     "granitemoehybrid": hybrids.granite,
     "bamba": hybrids.bamba,
+    "zamba2": zamba.zamba2,
     "lfm2": listed.lfm2,
     "nemotron_h": listed.nemotron_h,
     "recurrent_gemma": recurrent.recurrent_gemma,
@@ -56,8 +57,7 @@ FAMILIES: dict[str, Family] = {
 """The families by `model_type`."""
 
 REFUSED = {
-    "zamba2": "its attention blocks share all weights but low-rank adapters, and read the "
-    "embeddings beside the stream",
+    "zamba": "its Mamba has heads with projections of their own for B, C and the step sizes",
     "olmo2": "it norms what a layer adds, and not what the layer reads",
     "falcon_mamba": "it norms B, C and the step sizes without learned scales",
 }

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ...primitives.base import Gene
 from ...primitives.channel.mlp import inner_width
-from ...primitives.recurrent_parts import EPS
+from ...primitives.recurrence.matrix_axes import HEAD_TARGET
+from ...primitives.recurrent_parts import EPS, auto_heads
 from ..genome import Op, Slot
 from ..header import MAX_SLOTS
 from .fields import ConfigurationError, Fields, op
@@ -183,14 +184,27 @@ def mamba2(
         )
     if not _unlimited(f.get("time_step_limit")):
         f.note("limits of the step size (time_step_limit)")
+    return mamba2_heads(f, inner, heads, state, groups, taps, norm=norm)
+
+
+def mamba2_heads(
+    f: Fields, inner: int, heads: str, state: str, groups: str, taps: str, **genes: Gene
+) -> Op:
+    """Mamba-2 of an inner width, from the names of its fields; heads are as wide as their number
+    makes them."""
+    count, shared = f.whole(heads), f.whole(groups)
+    if inner % count:
+        raise ConfigurationError(f"{heads}={count} does not divide the inner width {inner}")
+    if count % shared:
+        raise ConfigurationError(f"{groups}={shared} does not divide {heads}={count}")
     return op(
         "mamba2",
-        heads=0 if wide == 64 else count,
+        heads=0 if count == auto_heads(inner, HEAD_TARGET) else count,
         expand=inner / f.whole("hidden_size"),
         key_dim=f.whole(state),
-        groups=f.whole(groups),
+        groups=shared,
         conv=f.whole(taps),
-        norm=norm,
+        **genes,
     )
 
 

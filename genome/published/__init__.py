@@ -69,4 +69,4 @@ def attention_count(genome: Genome) -> tuple[int, int]:
     """How many of a genome's mixers are attention, and how many mixers there are."""
     rows = [primitive_of(op) for *_, op in genome.ops()]
     mixers = [row for row in rows if row.kind == "mixer"]
-    return sum(row.name == "attention" for row in mixers), len(mixers)
+    return sum(row.attends for row in mixers), len(mixers)

@@ -185,15 +185,16 @@ class _Common(nn.Module):
         scales = torch.cat((queries, scale))[: qk.shape[2]]
         return unit(qk) * scales.to(qk.dtype)
 
-    def _output(
+    def _attended(
         self,
         x: BTD,
         q: Tensor,
         kv: KeyValues | HeadedKeyValues,
         gate: Tensor | None,
         carry: Carry | None,
-    ) -> BTD:
-        """x are the call's tokens, q is (B, T, H, K), normed and turned."""
+    ) -> Tensor:
+        """What the heads make, (B, T, H K), before the last product; x are the call's tokens, q is
+        (B, T, H, K), normed and turned."""
         if self.position is not None:
             q = self.position.queries(q)
         score = self.scoring.begin(carry)
@@ -202,7 +203,7 @@ class _Common(nn.Module):
         out = self.scoring.finish(out.transpose(1, 2), x).flatten(2)
         if gate is not None:
             out = out * torch.sigmoid(gate)
-        return self.exit(out)  # type: ignore[no-any-return]
+        return out
 
     def auxiliary_loss(self) -> Tensor | None:
         """What training adds to the loss: the balance of routed heads of the last training call,
@@ -245,6 +246,22 @@ class Attention(_Common, Operator):
     ) -> tuple[BTD, State | None, KeyValues | HeadedKeyValues]:
         """As `forward`, and the keys and values that later slots may use in the same call.
 
+        Raises as `forward_heads`.
+        """
+        out, state, kv = self.forward_heads(x, state, carry)
+        return self.exit(out), state, kv
+
+    def forward_heads(
+        self,
+        x: BTD,
+        state: State | None = None,
+        carry: Carry | None = None,
+        added: Tensor | None = None,
+    ) -> tuple[Tensor, State | None, KeyValues | HeadedKeyValues]:
+        """As `forward_lending`, with what the heads make, (B, T, H K), before the last product.
+
+        `added` (B, T, mixed_width) is what an adapter adds to queries, keys and values.
+
         Raises ContextError where the tokens do not fit in the state's cache, BidirectionalError for
         a state where the pattern is not causal.
         """
@@ -252,6 +269,7 @@ class Attention(_Common, Operator):
         if state is not None and not config.causal:
             raise BidirectionalError
         mixed, gate = self._project(x)
+        mixed = mixed if added is None else mixed + added
         tensors = {} if state is None else dict(state.tensors)
         if self.taps is not None:
             mixed, past = short_conv(mixed, self.taps, None, tensors.get("conv"))
@@ -262,7 +280,7 @@ class Attention(_Common, Operator):
         if state is not None:
             kv = extend(state, own, config.pattern)
             state = State(state.length + x.shape[1], tensors)
-        return self._output(x, q, kv, gate, carry), state, kv
+        return self._attended(x, q, kv, gate, carry), state, kv
 
     def _heads(self, mixed: Tensor, start: int) -> tuple[Tensor, KeyValues]:
         """Queries (B, T, H, K) and keys and values from their product (B, T, mixed_width), normed
@@ -307,4 +325,4 @@ class BorrowingAttention(_Common):
             q = self.q_norm(q)
         if self.rotary is not None:
             q = self.rotary(q, kv.end - x.shape[1])
-        return self._output(x, self._rescaled(q), kv, gate, None)
+        return self.exit(self._attended(x, self._rescaled(q), kv, gate, None))  # type: ignore[no-any-return]

@@ -81,8 +81,11 @@ class Mlp(Operator):
         # nGPT's s_v and s_u; its factor sqrt(D) for the gate is in the input (residual=ngpt).
         self.scale = Scale(config.entry, 1.0, 1.0) if config.normalised else None
 
-    def forward(self, x: BTD, state: State | None = None) -> tuple[BTD, State | None]:
-        hidden = self.entry(x)
+    def forward(
+        self, x: BTD, state: State | None = None, added: Tensor | None = None
+    ) -> tuple[BTD, State | None]:
+        """`added` (B, T, entry) is what an adapter adds to the first product."""
+        hidden = self.entry(x) if added is None else self.entry(x) + added
         if self.scale is not None:
             hidden = hidden * self.scale().to(hidden.dtype)
         if self.config.gated:
