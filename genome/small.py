@@ -23,7 +23,7 @@ HEADS = 4
 LEFT_OUT = frozenset(
     (
         *("head_dim", "latent", "rope_dim", "q_rank", "value_dim"),
-        *("rank", "gate_rank", "value_rank", "decay_rank", "blocks", "key_expand"),
+        *("computed", "rank", "gate_rank", "value_rank", "decay_rank", "blocks", "key_expand"),
         *("rope_theta", "rope_scaling", "rope_factor", "rope_original", "rope_rounded"),
     )
 )
@@ -44,6 +44,9 @@ AT_MOST: dict[str, int] = {
     "segment": 16,
     "memory": 16,
 }
+
+OF_GROUPS = ("device_weight", "sent_weight")
+"""Losses between groups of experts, which are left out."""
 
 RATIOS = ("expansion", "expand")
 """Rounded to quarters, so that the narrow width has whole channels."""
@@ -94,6 +97,8 @@ def _gene(name: str, value: Gene, genes: Mapping[str, Gene]) -> Gene:
     if name in ("groups", "top_groups"):
         # Of experts, or of queries and keys.
         return 1 if experts else _heads(value, genes["heads"])
+    if name in OF_GROUPS:
+        return 0.0
     if name in RATIOS:
         return EXPERT_EXPANSION if experts else max(0.25, round(4 * value) / 4)
     return min(value, AT_MOST.get(name, value))

@@ -20,7 +20,7 @@ from mendel.primitives.catalogue import resolve
 from mendel.primitives.channel.experts import product_form
 from mendel.primitives.channel.mlp import ACTIVATIONS, Mlp, MlpConfig, activate, inner_width
 from mendel.primitives.channel.moe import Moe, MoeConfig
-from mendel.primitives.channel.router import BALANCE_RATE, Routing
+from mendel.primitives.channel.router import Routing
 
 WIDTH = 48
 MIXTURES: dict[str, dict[str, Gene]] = {
@@ -79,7 +79,7 @@ def by_the_formula(module: Moe, x: Tensor) -> Tensor:
         row = x[*index]
         logits = router.weight @ row
         scores = logits.sigmoid() if config.score == "sigmoid" else logits.softmax(0)
-        biased = scores + BALANCE_RATE * router.steps if config.balances else scores
+        biased = scores + config.unit * router.steps if config.balance != "none" else scores
         chosen = sorted(range(config.experts), key=lambda e: -biased[e].item())[: config.top_k]
         total = sum((scores[e] for e in chosen), torch.zeros(()))
         for e in chosen:

@@ -215,8 +215,8 @@ def longcat_block(ours: Moe) -> nn.Module:
         routed_scaling_factor=6.0,
     )
     theirs = longcat.LongcatFlashMoE(settings)
-    ours.router.steps.random_(-3, 3)
-    theirs.router.e_score_correction_bias.copy_(ours.router.steps * BALANCE_RATE)
+    ours.router.steps.random_(-3, 3).mul_(round(0.001 / router.unit))
+    theirs.router.e_score_correction_bias.copy_(ours.router.steps * router.unit)
     return theirs
 
 

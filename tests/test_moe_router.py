@@ -1,4 +1,4 @@
-"""The router against loops of the papers: capacity, noise, expert choice, hashes, MoE++, losses."""
+"""The router against loops of the papers: capacity, noise, expert choice, hashes, MoE++."""
 
 from __future__ import annotations
 
@@ -6,44 +6,16 @@ import math
 
 import pytest
 import torch
+from moe_parts import WIDTH, error, inputs, made, weight
 from torch import Tensor
 from torch.nn import functional as F
 
 from mendel.genome.build import build
 from mendel.genome.notation import parse
-from mendel.primitives.base import BidirectionalError, Carry, Gene, GeneError, Site, State
-from mendel.primitives.catalogue import resolve
-from mendel.primitives.channel.balance import balance_loss, squared_variation
+from mendel.primitives.base import BidirectionalError, Carry, Gene, GeneError, State
 from mendel.primitives.channel.drawn import normal, uniform
 from mendel.primitives.channel.moe import Moe
 from mendel.primitives.channel.router import JITTER, Router, Routing, within
-
-WIDTH = 32
-
-
-def made(name: str = "moe", **genes: Gene) -> Moe:
-    torch.manual_seed(0)
-    primitive, full = resolve(name, genes)
-    module = primitive.configure(Site(WIDTH), full).build().double()
-    assert isinstance(module, Moe)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return module
-
-
-def inputs(tokens: int = 29, batch: int = 3) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(batch, tokens, WIDTH, generator=generator, dtype=torch.float64)
-
-
-def error(a: Tensor, b: Tensor) -> float:
-    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
-
-
-def weight(module: Moe) -> Tensor:
-    assert module.router.weight is not None
-    return module.router.weight
 
 
 def expert(module: Moe, e: int, row: Tensor) -> Tensor:
@@ -333,83 +305,6 @@ def test_routers_hand_their_logits_on_in_a_model() -> None:
     assert error(table.grad, taught) > 1e-3
 
 
-def test_the_losses_are_their_formulas() -> None:
-    module, x = made("gshard", experts=5, expansion=1.0, noise="none", capacity=0.0), inputs()
-    routing = module.router.route(x)
-    assert routing.scores is not None
-    scores, experts = routing.scores.view(3, 29, 5), routing.experts.view(3, 29, 2)
-    picked = F.one_hot(experts, 5).double()
-    expected = {
-        "batch": 5 * (picked.mean((0, 1, 2)) * scores.mean((0, 1))).sum(),
-        "sequence": 5 * (picked.mean((1, 2)) * scores.mean(1)).sum(-1).mean(),
-        "first": 5 * (picked[:, :, 0].mean(1) * scores.mean(1)).sum(-1).mean(),
-        "importance": squared_variation(
-            (picked * routing.weights.view(3, 29, 2, 1)).sum((0, 1, 2))
-        ),
-    }
-    for form, value in expected.items():
-        assert error(balance_loss(form, module.router, routing, 3), value) < 1e-9, form
-    x = torch.tensor([1.0, 2.0, 3.0])
-    assert squared_variation(x).item() == pytest.approx(2 / 3 / 4)
-
-
-def test_noisy_top_k_has_the_papers_load() -> None:
-    """P(x, i), the chance that i is chosen when its own noise is drawn again, by drawing it."""
-    module, x = made("noisy-top-k", experts=5, top_k=2), inputs(2, 1)
-    routing = module.router.route(x, live=True)
-    assert routing.clean is not None
-    assert routing.logits is not None
-    clean, deviation = routing.clean
-    drawn = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).double()
-    counts = torch.zeros(5, dtype=torch.float64)
-    for n in range(2):
-        for i in range(5):
-            others = torch.cat((routing.logits[n, :i], routing.logits[n, i + 1 :]))
-            rival = others.topk(2).values[1]
-            counts[i] += (clean[n, i] + drawn * deviation[n, i] > rival).double().mean()
-    weights = torch.zeros(2, 5, dtype=torch.float64).scatter(1, routing.experts, routing.weights)
-    expected = squared_variation(weights.sum(0)) + squared_variation(counts)
-    got = balance_loss("importance", module.router, routing, 1)
-    assert got.item() == pytest.approx(expected.item(), rel=2e-2)
-    got.backward()
-    assert module.router.spread is not None
-    assert module.router.spread.grad is not None
-    assert module.router.spread.grad.abs().max() > 0
-
-
-@pytest.mark.parametrize("aux", ["batch", "sequence", "first", "importance"])
-def test_every_balancing_loss_evens_the_load(aux: str) -> None:
-    # Shazeer's needs the noise: without it an expert that nobody takes has no gradient.
-    noise = "noisy-top-k" if aux == "importance" else "none"
-    genes: dict[str, Gene] = {"experts": 4, "top_k": 1, "balance": "none", "noise": noise}
-    module = made(**genes, aux=aux, aux_weight=1.0, renormalise=False)
-    with torch.no_grad():
-        weight(module).mul_(0.1)
-        weight(module)[0] += 0.1
-    x = inputs(64) + 0.5
-    optimizer = torch.optim.SGD([weight(module)], lr=0.02)
-    loads = []
-    for _ in range(40):
-        module(x)
-        loss = module.auxiliary_loss()
-        assert loss is not None
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        loads.append(max(module.statistics()["load"]))
-        module.balance()
-    assert loads[0] > 0.7
-    assert sum(loads[-10:]) / 10 < 0.4
-
-
-def test_a_loss_beside_the_bias() -> None:
-    module = made("deepseek-v3-moe", experts=16)
-    module(inputs())
-    assert module.auxiliary_loss() is not None
-    module.balance()
-    assert module.router.steps.abs().sum() > 0
-
-
 def test_equal_layers_have_equal_configs() -> None:
     plain = made().config
     for genes in (
@@ -417,6 +312,7 @@ def test_equal_layers_have_equal_configs() -> None:
         {"group_score": "top2"},
         {"special_load": 0.5},
         {"aux_weight": 0.5},
+        {"computed": 1.5},
     ):
         assert made(**genes).config == plain
     hashed = made(choice="hash").config
@@ -452,6 +348,8 @@ def test_a_batch_in_which_no_expert_computes(dtype: torch.dtype) -> None:
         ({"activation": "clamped", "shared": 1}, "activation=clamped goes with gated=true"),
         ({"shared_gate": True}, "shared_gate=true goes with shared of at least 1"),
         ({"noise": "random-second", "top_k": 1}, "top_k of at least 2"),
+        ({"device_weight": 0.1}, "device_weight and sent_weight go with groups of at least 2"),
+        ({"computed": 3.0}, "computed=3 is more than top_k=2 of experts=8"),
         ({"choice": "hash", "groups": 2}, "choice=hash goes with groups=1, not 2"),
         ({"choice": "hash", "aux": "batch"}, "choice=hash goes with aux=none"),
     ],

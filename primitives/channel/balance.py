@@ -9,8 +9,15 @@ and P_e the mean of e's score over the sum of all scores:
 - importance: CV^2 of the experts' summed weights, and with noisy-top-k CV^2 of the expected number
   of tokens (Shazeer et al., 1701.06538); CV^2 is the variance over the squared mean.
 
-All but the last are 1 for an even load. MoE++ (2410.07348) multiplies the terms of special experts
-by tau. The z-loss (ST-MoE, 2202.08906) is the mean of logsumexp(logits)^2.
+Of DeepSeek-V2 (2405.04434, 2.2.3) are two between the groups that experts stand in, which are
+devices there, with its sequences of T tokens, D groups, and M groups that a token may go to:
+
+- device: sum_g f'_g P'_g, f'_g the mean of its experts' f_e, P'_g the sum of their P_e;
+- sent: sum_g f''_g P'_g, f''_g = D/(M T) times the tokens that have an expert in g.
+
+All but importance are 1 for an even load (sent: where every token goes to M groups). MoE++
+(2410.07348) multiplies the terms of special experts by tau. The z-loss (ST-MoE, 2202.08906) is the
+mean of logsumexp(logits)^2.
 """
 
 from __future__ import annotations
@@ -34,40 +41,65 @@ class BalanceConfig:
     aux: str
     aux_weight: float
     z_weight: float
+    device_weight: float
+    sent_weight: float
+    groups: int
+    """Of experts, for the two before; 1 without them."""
+    top_groups: int
 
 
 def losses(config: BalanceConfig, router: Router, routing: Routing, batch: int) -> Tensor | None:
     """The weighted sum of the losses of one call of `batch` sequences; None where there is none."""
     if routing.logits is None:
         return None
-    total: Tensor | None = None
+    parts: list[Tensor] = []
     if config.aux != "none":
-        total = config.aux_weight * balance_loss(config.aux, router, routing, batch)
+        parts.append(config.aux_weight * balance_loss(config.aux, router, routing, batch))
     if config.z_weight:
-        z = config.z_weight * routing.logits.logsumexp(-1).square().mean()
-        total = z if total is None else total + z
-    return total
+        parts.append(config.z_weight * routing.logits.logsumexp(-1).square().mean())
+    if config.groups > 1:
+        device, sent = group_losses(routing, batch, config.groups, config.top_groups)
+        parts += [config.device_weight * device, config.sent_weight * sent]
+    return sum(parts[1:], parts[0]) if parts else None
 
 
 def balance_loss(form: str, router: Router, routing: Routing, batch: int) -> Tensor:
     """One of the forms of the module, without its weight."""
     config = router.config
-    scores, experts = routing.scores, routing.experts
-    assert scores is not None
     if form == "importance":
         return _importance(router, routing)
-    counted = experts[:, :1] if form == "first" else experts
-    groups = 1 if form == "batch" else batch
-    chosen = torch.zeros_like(scores).scatter(1, counted, 1.0)
-    share = (chosen / counted.shape[1]).view(groups, -1, config.outputs).mean(1)
-    normal = scores / (scores.sum(-1, keepdim=True) + 1e-20)
-    mean = normal.view(groups, -1, config.outputs).mean(1)
+    counted = routing.experts[:, :1] if form == "first" else routing.experts
+    share, mean = _shares(routing, counted, 1 if form == "batch" else batch)
     terms: Tensor = config.outputs * (share * mean).mean(0)
     if config.special and config.special_load != 1.0:
         factor = torch.ones_like(terms)
         factor[config.experts :] = config.special_load
         terms = terms * factor
     return terms.sum()
+
+
+def group_losses(
+    routing: Routing, batch: int, groups: int, top_groups: int
+) -> tuple[Tensor, Tensor]:
+    """`device` and `sent` of the module, without their weights."""
+    share, mean = _shares(routing, routing.experts, batch)
+    load = share.shape[1] * share.view(batch, groups, -1).mean(-1)
+    score = mean.view(batch, groups, -1).sum(-1)
+    there = torch.zeros_like(share[:1, :groups]).expand(routing.experts.shape[0], -1)
+    there = there.scatter(1, routing.experts // (share.shape[1] // groups), 1.0)
+    sent = groups / top_groups * there.view(batch, -1, groups).mean(1)
+    return (load * score).sum(-1).mean(), (sent * score).sum(-1).mean()
+
+
+def _shares(routing: Routing, counted: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """The share of the counted choices (N, k) and the mean score of each expert, (parts, L), of
+    equally many sequences each."""
+    scores = routing.scores
+    assert scores is not None
+    chosen = torch.zeros_like(scores).scatter(1, counted, 1.0)
+    normal = scores / (scores.sum(-1, keepdim=True) + 1e-20)
+    share = (chosen / counted.shape[1]).view(parts, -1, scores.shape[1]).mean(1)
+    return share, normal.view(parts, -1, scores.shape[1]).mean(1)
 
 
 def _importance(router: Router, routing: Routing) -> Tensor:

@@ -11,7 +11,7 @@ from .experts import ExpertsConfig
 from .mlp import ACTIVATION, ACTIVATIONS, EXPANSION, GATED, MlpConfig, inner_width
 from .moe import MoeConfig
 from .moe_points import POINTS
-from .router import RouterConfig
+from .router import BALANCE_RATE, RouterConfig
 from .special import SpecialConfig
 
 NEUTRAL: dict[str, Gene] = {
@@ -56,9 +56,17 @@ def configure(site: Site, genes: Mapping[str, Gene]) -> MoeConfig:
     if choice(genes, "noise") == "random-second" and top_k < 2:
         raise GeneError("noise=random-second goes with top_k of at least 2")
     inner = inner_width(site.width, number(genes, "expansion"))
+    moving = choice(genes, "balance") if who == "token" else "none"
+    computed = number(genes, "computed") or top_k * experts / (experts + special.count)
+    if computed > min(top_k, experts):
+        raise GeneError(f"computed={computed:g} is more than top_k={top_k} of experts={experts}")
+    device, sent = number(genes, "device_weight"), number(genes, "sent_weight")
+    groups, top_groups = whole(genes, "groups"), whole(genes, "top_groups")
+    if (device or sent) and groups == 1:
+        raise GeneError("device_weight and sent_weight go with groups of at least 2")
     aux = choice(genes, "aux")
     # What has no effect here is set to one value, so that equal layers have equal configs.
-    limited = whole(genes, "top_groups") < whole(genes, "groups")
+    limited = top_groups < groups
     uneven = special.count and (aux != "none" or capacity)
     return MoeConfig(
         width=site.width,
@@ -73,10 +81,12 @@ def configure(site: Site, genes: Mapping[str, Gene]) -> MoeConfig:
             renormalise=flag(genes, "renormalise") and top_k > 1 and who == "token",
             scale=number(genes, "scale"),
             bias=flag(genes, "router_bias"),
-            balances=choice(genes, "balance") == "bias" and who == "token",
+            balance=moving,
+            bias_rate=number(genes, "bias_rate") if moving != "none" else 0.0,
+            computed=computed if moving == "proportional" else 0.0,
             noise=choice(genes, "noise"),
-            groups=whole(genes, "groups") if limited else 1,
-            top_groups=whole(genes, "top_groups") if limited else 1,
+            groups=groups if limited else 1,
+            top_groups=top_groups if limited else 1,
             group_score=choice(genes, "group_score") if limited else "max",
             capacity=capacity,
             special_load=number(genes, "special_load") if uneven else 1.0,
@@ -90,6 +100,10 @@ def configure(site: Site, genes: Mapping[str, Gene]) -> MoeConfig:
             aux,
             number(genes, "aux_weight") if aux != "none" else 0.0,
             number(genes, "z_weight"),
+            device,
+            sent,
+            groups=groups if device or sent else 1,
+            top_groups=min(top_groups, groups) if device or sent else 1,
         ),
     )
 
@@ -204,8 +218,23 @@ AXES = (
     Axis(
         "balance",
         "bias",
-        "bias: a bias on the selection moves against the load after each step (arXiv 2408.15664)",
-        options=("none", "bias"),
+        "a bias on the selection moves against the load after each step: bias: by a fixed amount "
+        "(arXiv 2408.15664); proportional: in proportion to what is missing (LongCat-Flash)",
+        options=("none", "bias", "proportional"),
+    ),
+    Axis(
+        "bias_rate",
+        BALANCE_RATE,
+        "how far a step moves the bias; proportional: its factor on the missing share of choices",
+        low=0.0,
+        high=100.0,
+    ),
+    Axis(
+        "computed",
+        0.0,
+        "proportional: experts per token that compute, on average, of top_k; 0: their even share",
+        low=0.0,
+        high=256.0,
     ),
     Axis(
         "aux",
@@ -216,6 +245,20 @@ AXES = (
         search=("none", "batch"),
     ),
     Axis("aux_weight", 0.01, "of the balancing loss", low=0.0, high=10.0),
+    Axis(
+        "device_weight",
+        0.0,
+        "of DeepSeek-V2's loss that evens the load of groups, as of devices",
+        low=0.0,
+        high=10.0,
+    ),
+    Axis(
+        "sent_weight",
+        0.0,
+        "of DeepSeek-V2's loss that evens the tokens sent to groups, as to devices",
+        low=0.0,
+        high=10.0,
+    ),
     Axis("z_weight", 0.0, "of the router's z-loss (ST-MoE)", low=0.0, high=10.0),
     Axis(
         "activation",

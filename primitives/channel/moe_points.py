@@ -104,6 +104,26 @@ POINTS = (
         "Dai et al., DeepSeekMoE 16B, arXiv 2401.06066",
     ),
     Point(
+        "deepseek-v2-moe",
+        {
+            "experts": 160,
+            "top_k": 6,
+            "expansion": 0.3,
+            "shared": 2,
+            "renormalise": False,
+            "scale": 16.0,
+            "groups": 8,
+            "top_groups": 3,
+            "balance": "none",
+            "aux": "sequence",
+            "aux_weight": 0.003,
+            "device_weight": 0.05,
+            "sent_weight": 0.02,
+        },
+        "DeepSeek-V2, arXiv 2405.04434",
+        "The groups are its devices. It also drops tokens beyond a device's budget in training.",
+    ),
+    Point(
         "deepseek-v3-moe",
         {
             "experts": 256,
@@ -197,9 +217,11 @@ POINTS = (
             "renormalise": False,
             "copy": 256,
             "scale": 6.0,
-            "balance": "bias",
+            "balance": "proportional",
+            "bias_rate": 0.01,
         },
         "LongCat-Flash, arXiv 2509.01322",
-        "The bias moves by fixed steps, the paper's in proportion to the load's error.",
+        "The even share of the 512 experts are the 8 of 12 that the paper aims at. It names no rate"
+        " of the bias.",
     ),
 )

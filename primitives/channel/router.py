@@ -33,7 +33,9 @@ from ...kernels.letters import BTD
 from .drawn import normal, scrambled, uniform
 
 BALANCE_RATE = 0.001
-"""How far `adjust` moves a bias per step, the value of DeepSeek-V3 (arXiv 2412.19437, 4.2)."""
+"""How far a step moves a bias, the value of DeepSeek-V3 (arXiv 2412.19437, 4.2)."""
+FINE = 2.0**-40
+"""The unit of biases that move in proportion."""
 JITTER = 0.01
 """The width of the jitter, the value of Switch (arXiv 2101.03961)."""
 
@@ -52,8 +54,11 @@ class RouterConfig:
     renormalise: bool
     scale: float
     bias: bool
-    balances: bool
-    """A bias on the selection moves against the load after each step (arXiv 2408.15664)."""
+    balance: str
+    """How a bias on the selection moves against the load after each step, see `adjust`."""
+    bias_rate: float
+    computed: float
+    """Experts of a token that compute, on average, where `proportional`."""
     noise: str
     groups: int
     top_groups: int
@@ -67,6 +72,11 @@ class RouterConfig:
     @property
     def outputs(self) -> int:
         return self.experts + self.special
+
+    @property
+    def unit(self) -> float:
+        """Biases are counted in it: whole numbers survive `module.to(bf16)`."""
+        return self.bias_rate if self.balance == "bias" else FINE
 
     @property
     def products(self) -> int:
@@ -133,7 +143,7 @@ class Router(nn.Module):
         if config.noise == "noisy-top-k":
             self.spread = nn.Parameter(torch.zeros(outputs, width))
         self.chain = nn.Parameter(torch.zeros(outputs, outputs)) if config.residual else None
-        # The bias as a count of steps of BALANCE_RATE: whole numbers survive `module.to(bf16)`.
+        # The bias in `unit`s.
         self.register_buffer("steps", torch.zeros(outputs, dtype=torch.int64))
         if config.choice == "hash" or config.noise != "none":
             self.register_buffer("seed", torch.randint(2**62, ()))
@@ -178,8 +188,8 @@ class Router(nn.Module):
         logits = logits.flatten(0, 1)
         scores = self.scores(logits)
         ranked = scores.detach()
-        if config.balances:
-            ranked = ranked + self.steps * BALANCE_RATE
+        if config.balance != "none":
+            ranked = ranked + self.steps * config.unit
         if config.top_groups < config.groups:
             ranked = self._within_groups(ranked)
         experts = _best(ranked, config.top_k)
@@ -237,10 +247,22 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def adjust(self, counts: Tensor) -> None:
-        """Close a training step: move each bias against its expert's load, and draw anew."""
-        if self.config.balances:
-            # Whole numbers: sign of the mean load minus the expert's.
-            self.steps += (counts.sum() - self.config.outputs * counts).sign()
+        """Close a training step with these choices of each expert, and draw anew.
+
+        bias (arXiv 2408.15664): b_e moves by `bias_rate` with the sign of the mean load minus e's.
+        proportional (LongCat-Flash, 2509.01322, 2.1.1): by `bias_rate` times the share of choices
+        that it should have, K_e / (K N) for each of N experts, minus the one that it had. Special
+        experts keep theirs: what the others leave is their share.
+        """
+        config, total = self.config, counts.sum()
+        if config.balance == "bias":
+            self.steps += (total - config.outputs * counts).sign()
+        if config.balance == "proportional":
+            wanted = config.computed / (config.top_k * config.experts)
+            missing = wanted - counts.double() / total.clamp_min(1)
+            missing[config.experts :] = 0.0
+            moved = (config.bias_rate * missing / FINE).round().to(torch.int64)
+            self.steps += moved * total.clamp_max(1)
         if self.config.noise != "none":
             self.step += 1
 
