@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -110,6 +111,17 @@ class HeadsNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flatten(-2)).view_as(x)
+
+
+class UnscaledNorm(nn.Module):
+    """RMSNorm without learned scales over the last `axes` axes."""
+
+    def __init__(self, axes: int = 1) -> None:
+        super().__init__()
+        self.axes = axes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-self.axes :], eps=RMSNORM_EPS)
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -70,6 +70,17 @@ def latent(t: Weights) -> Weights:
     return own | joined(t, "exit", "o_proj")
 
 
+def halves(t: Weights, head_dim: int) -> Weights:
+    """Queries and keys whose RoPE turns neighbouring channels, with those half a head apart."""
+    order = [*range(0, head_dim, 2), *range(1, head_dim, 2)]
+    turned = {
+        name: w.unflatten(0, (-1, head_dim))[:, order].flatten(0, 1)
+        for name, w in t.items()
+        if ".q_proj." in name or ".k_proj." in name
+    }
+    return t | turned
+
+
 def _scan(t: Weights, a: str, more: Weights) -> Weights:
     """What Mamba and Mamba-2 have in common."""
     conv = {"conv.weight": t["conv1d.weight"].squeeze(1), "conv.bias": t["conv1d.bias"]}
@@ -91,11 +102,11 @@ def mlp(t: Weights) -> Weights:
             return joined(t, "entry", both) | joined(t, "exit", down)
     entry = "experts.gate_up_proj" if "experts.gate_up_proj" in t else "experts.up_proj"
     router = "router.weight" if "router.weight" in t else "gate.weight"
-    own = {
-        "router.weight": t[router],
-        "experts.entry": t[entry],
-        "experts.exit": t["experts.down_proj"],
-    }
+    inward, outward = t[entry], t["experts.down_proj"]
+    if inward.shape[2] != outward.shape[1]:
+        # Llama 4 has them as (E, in, out).
+        inward, outward = inward.mT, outward.mT
+    own = {"router.weight": t[router], "experts.entry": inward, "experts.exit": outward}
     if "shared_expert_gate.weight" in t:
         own["shared_gate"] = t["shared_expert_gate.weight"]
     shared = of(t, "shared_experts") or of(t, "shared_expert")
@@ -151,6 +162,8 @@ def models(config: Any, genome: Genome) -> tuple[nn.Module, LanguageModel]:
     ends: Weights = {}
     for i in range(len(layers)):
         t = of(w, f"{root}.layers.{i}")
+        if config.model_type == "llama4_text":
+            t = halves(t, config.head_dim)
         for before, after, branches in layer(t):
             if after is not None:
                 ends[f"blocks.{len(norms)}.after.weight"] = unit + t[f"{after}.weight"]

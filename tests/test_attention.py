@@ -16,18 +16,12 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MptConfig,
-    OlmoeConfig,
-    Qwen3Config,
 )
 from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.models.bloom import modeling_bloom as bloom
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.mpt import modeling_mpt as mpt
-from transformers.models.olmoe import modeling_olmoe as olmoe
-from transformers.models.qwen3 import modeling_qwen3 as qwen3
-from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
-from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
 
 from mendel.primitives.attention.attend import attend
 from mendel.primitives.attention.axes import configure_plain as configure
@@ -185,76 +179,6 @@ def test_alibi_is_mpts() -> None:
     alibi = mpt.build_mpt_alibi_tensor(HEADS, TOKENS)
     mask = torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)
     assert error(ours(x)[0], reference(x, alibi, attention_mask=mask)[0]) < 1e-5
-
-
-@torch.no_grad()
-def test_qk_norm_is_qwen3s() -> None:
-    settings = Qwen3Config(
-        hidden_size=WIDTH,
-        num_attention_heads=HEADS,
-        num_key_value_heads=3,
-        head_dim=10,
-        attn_implementation="eager",
-    )
-    torch.manual_seed(0)
-    reference, x = qwen3.Qwen3Attention(settings, 0), inputs()
-    ours = build({"kv_heads": 3, "head_dim": 10, "qk_norm": True})
-    copy_projections(ours, *(getattr(reference, f"{n}_proj").weight for n in "qkvo"))
-    assert ours.q_norm is not None
-    assert ours.k_norm is not None
-    for norm, theirs in ((ours.q_norm, reference.q_norm), (ours.k_norm, reference.k_norm)):
-        nn.init.uniform_(theirs.weight, 0.5, 1.5)
-        norm.load_state_dict(theirs.state_dict())
-    angles = qwen3.Qwen3RotaryEmbedding(settings)(x, torch.arange(TOKENS)[None])
-    assert error(ours(x)[0], reference(x, angles, causal_mask(TOKENS))[0]) < 1e-5
-
-
-@torch.no_grad()
-def test_a_norm_over_all_heads_is_olmoes() -> None:
-    settings = OlmoeConfig(
-        hidden_size=WIDTH,
-        num_attention_heads=HEADS,
-        num_key_value_heads=3,
-        rms_norm_eps=1e-6,
-        attn_implementation="eager",
-    )
-    torch.manual_seed(0)
-    reference, x = olmoe.OlmoeAttention(settings, 0), inputs()
-    ours = build({"kv_heads": 3, "qk_norm": True, "norm_over": "all"})
-    copy_projections(ours, *(getattr(reference, f"{n}_proj").weight for n in "qkvo"))
-    assert ours.q_norm is not None
-    assert ours.k_norm is not None
-    for norm, theirs in ((ours.q_norm, reference.q_norm), (ours.k_norm, reference.k_norm)):
-        nn.init.uniform_(theirs.weight, 0.5, 1.5)
-        norm.load_state_dict(theirs.state_dict())
-    angles = olmoe.OlmoeRotaryEmbedding(settings)(x, torch.arange(TOKENS)[None])
-    assert error(ours(x)[0], reference(x, angles, causal_mask(TOKENS))[0]) < 1e-5
-
-
-@torch.no_grad()
-def test_the_output_gate_is_qwen3_nexts() -> None:
-    settings = Qwen3NextConfig(
-        hidden_size=WIDTH,
-        num_attention_heads=HEADS,
-        num_key_value_heads=2,
-        head_dim=WIDTH // HEADS,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "partial_rotary_factor": 1.0,
-        },
-        attn_implementation="eager",
-    )
-    torch.manual_seed(0)
-    reference, x = qwen3_next.Qwen3NextAttention(settings, 0), inputs()
-    ours = build({"kv_heads": 2, "qk_norm": True, "gate": "sigmoid"})
-    pairs = reference.q_proj.weight.unflatten(0, (HEADS, 2, -1))
-    q, gate = (pairs[:, i].flatten(0, 1) for i in (0, 1))
-    ours.entry.weight.copy_(torch.cat((q, reference.k_proj.weight, reference.v_proj.weight, gate)))
-    ours.exit.load_state_dict(reference.o_proj.state_dict())
-    # Their norms multiply by 1 + weight, and the weights are zeros.
-    angles = qwen3_next.Qwen3NextRotaryEmbedding(settings)(x, torch.arange(TOKENS)[None])
-    assert error(ours(x)[0], reference(x, angles, causal_mask(TOKENS))[0]) < 1e-5
 
 
 class Given(nn.Module):

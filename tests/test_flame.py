@@ -219,6 +219,7 @@ def test_no_rounding_of_a_ratio_loses_a_channel(
         ("{width=64} mamba2*2 > mamba2(key_dim=16)", "slot 2: mamba2 is not the mamba2 of slot 0"),
         ("{width=64} [gla > swiglu > mha(qk_norm=true) > swiglu]", "slot 2: mha: qk_norm=true"),
         ("{width=64} [mha(norm_over=all, qk_norm=true) > swiglu]", "slot 0: mha: attention norms"),
+        ("{width=64} [mha(norm_scales=false, qk_norm=true) > swiglu]", "slot 0: mha: attention n"),
         ("{width=64} [mha > swiglu > bigbird > swiglu]", "slot 2: bigbird: attention is full or"),
         ("{width=64} [mha(head_dim=32) > swiglu]", "slot 0: mha: 4 heads of 32 channels are"),
         ("{width=64, position=none} [mha > swiglu]", "slot 0: mha: attention turns all channels"),

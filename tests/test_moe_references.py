@@ -16,6 +16,7 @@ from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
     GptOssConfig,
+    Llama4TextConfig,
     LongcatFlashConfig,
     MixtralConfig,
     OlmoeConfig,
@@ -25,6 +26,7 @@ from transformers import (
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as deepseek_v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek_v3
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
+from transformers.models.llama4 import modeling_llama4 as llama4
 from transformers.models.longcat_flash import modeling_longcat_flash as longcat
 from transformers.models.mixtral import modeling_mixtral as mixtral
 from transformers.models.olmoe import modeling_olmoe as olmoe
@@ -97,6 +99,12 @@ def like_gpt_oss(theirs: Named) -> dict[str, Tensor]:
         "experts.exit": theirs["experts.down_proj"].mT,
         "experts.exit_bias": theirs["experts.down_proj_bias"],
     }
+
+
+def like_llama4(theirs: Named) -> dict[str, Tensor]:
+    """Matrices of experts are (E, in, out)."""
+    turned = {name: value.mT for name, value in theirs.items() if name.startswith("experts.")}
+    return like_mixtral({**theirs, **turned, "gate.weight": theirs["router.weight"]})
 
 
 def like_longcat(theirs: Named) -> dict[str, Tensor]:
@@ -220,6 +228,19 @@ def longcat_block(ours: Moe) -> nn.Module:
     return theirs
 
 
+def llama4_block(ours: Moe) -> nn.Module:
+    settings = Llama4TextConfig(
+        hidden_size=WIDTH,
+        intermediate_size=ours.config.experts.inner,
+        num_local_experts=16,
+        num_experts_per_tok=ours.config.router.top_k,
+    )
+    theirs = llama4.Llama4TextMoe(settings)
+    # It gives tokens in a row.
+    theirs.register_forward_hook(lambda _, x, y: y[0].view_as(x[0]))
+    return theirs
+
+
 def switch_block(ours: Moe, tokens: int = 33) -> nn.Module:
     """Its capacity, in tokens per sequence, is the one that we count for this many tokens."""
     settings = SwitchTransformersConfig(
@@ -245,6 +266,8 @@ CASES = {
         deepseek_v2_block,
         genes=(("experts", 32), ("groups", 8), ("top_groups", 3), ("scale", 16.0)),
     ),
+    "llama4-moe": Case("llama4-moe", llama4_block, like_llama4),
+    "llama4 two experts": Case("llama4-moe", llama4_block, like_llama4, genes=(("top_k", 2),)),
     "deepseek-v3-moe": Case("deepseek-v3-moe", deepseek_v3_block, genes=(("experts", 64),)),
     "deepseek-v3 one group": Case(
         "deepseek-v3-moe", deepseek_v3_block, genes=(("experts", 16), ("groups", 1), ("top_k", 4))

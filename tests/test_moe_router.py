@@ -305,6 +305,28 @@ def test_routers_hand_their_logits_on_in_a_model() -> None:
     assert error(table.grad, taught) > 1e-3
 
 
+@pytest.mark.parametrize(
+    "genes",
+    [
+        {},
+        {"zero": 1, "copy": 2, "top_k": 3, "capacity": 0.7},
+        {"choice": "expert", "causal": False, "capacity": 2.0},
+    ],
+    ids=["plain", "special", "expert choice"],
+)
+@pytest.mark.parametrize("tokens", [1, 29])
+@torch.no_grad()
+def test_a_weight_inside_of_an_expert(genes: dict[str, Gene], tokens: int) -> None:
+    """Experts that are homogeneous do not tell where it stands, others do."""
+    x = inputs(tokens)
+    plain: dict[str, Gene] = {"activation": "relu", "gated": False}
+    for kind in (plain, {}):
+        without, inside = made(**genes, **kind), made(**genes, **kind, weigh="input")
+        inside.load_state_dict(without.state_dict())
+        far = error(inside(x)[0], without(x)[0])
+        assert far < 1e-12 if kind else far > 1e-3
+
+
 def test_equal_layers_have_equal_configs() -> None:
     plain = made().config
     for genes in (
@@ -349,6 +371,7 @@ def test_a_batch_in_which_no_expert_computes(dtype: torch.dtype) -> None:
         ({"shared_gate": True}, "shared_gate=true goes with shared of at least 1"),
         ({"noise": "random-second", "top_k": 1}, "top_k of at least 2"),
         ({"device_weight": 0.1}, "device_weight and sent_weight go with groups of at least 2"),
+        ({"weigh": "input", "bias": True}, "weigh=input goes with bias=false"),
         ({"computed": 3.0}, "computed=3 is more than top_k=2 of experts=8"),
         ({"choice": "hash", "groups": 2}, "choice=hash goes with groups=1, not 2"),
         ({"choice": "hash", "aux": "batch"}, "choice=hash goes with aux=none"),

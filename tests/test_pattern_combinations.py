@@ -31,6 +31,7 @@ def random_genes(seed: int) -> dict[str, Gene]:
         "t5_buckets": 8,
         "qk_norm": draw.random() < 0.3,
         "norm_over": draw.choice(("head", "all")),
+        "norm_scales": draw.random() < 0.7,
         "gate": draw.choice(("none", "sigmoid")),
         "conv": draw.choice((0, 0, 3)),
         "score": draw.choice(("softmax", "softmax", "sigmoid", "differential")),

@@ -36,6 +36,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": experts.qwen2_moe,
     "qwen3_next": deltas.qwen3_next,
     "olmoe": experts.olmoe,
+    "llama4_text": experts.llama4,
     "gpt_oss": experts.gpt_oss,
     "deepseek_v2": experts.deepseek_v2,
     "deepseek_v3": experts.deepseek_v3,

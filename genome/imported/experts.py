@@ -1,4 +1,4 @@
-"""Transformers with experts: Mixtral, DeepSeek-V2 and V3, Qwen 2 and 3, OLMoE, gpt-oss."""
+"""Transformers with experts: Mixtral, DeepSeek-V2 and V3, Qwen 2 and 3, OLMoE, Llama 4, gpt-oss."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from .parts import (
 )
 from .turns import rope, rope_base
 
+CHUNKS = {"full_attention": "full", "chunked_attention": "chunked"}
 DEEPSEEK_ALIASES = {"num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"}
 
 
@@ -47,10 +48,17 @@ def experts(
     return op(point, **sizes, renormalise=sums, **genes)
 
 
-def sparse(f: Fields, mixers: Sequence[Op], dense: Sequence[bool], routed: Op) -> list[Slot]:
-    """Layers with experts, but with a gated MLP where they are `dense`."""
-    f.known("intermediate_size")
-    return stack(mixers, [mlp(f) if one else routed for one in dense])
+def sparse(
+    f: Fields,
+    mixers: Sequence[Op],
+    dense: Sequence[bool],
+    routed: Op,
+    size: str = "intermediate_size",
+) -> list[Slot]:
+    """Layers with experts, but with a gated MLP, of the inner width `size`, where they are
+    `dense`."""
+    f.known(size)
+    return stack(mixers, [mlp(f, size=size) if one else routed for one in dense])
 
 
 def beside(routed: Op, inner: int, dense: Op, always_on: int) -> Slot:
@@ -242,6 +250,46 @@ def qwen_layers(f: Fields, mixers: list[Op], routed: Op) -> list[Slot]:
     plain = f.list_of("mlp_only_layers", int, "layers' numbers")
     dense = [i in plain or bool((i + 1) % step) for i in range(len(mixers))]
     return sparse(f, mixers, dense, routed)
+
+
+@family(
+    "Llama4TextConfig",
+    vocab_size=202048, hidden_size=5120, intermediate_size=8192, intermediate_size_mlp=16384,
+    num_hidden_layers=48, num_attention_heads=40, num_key_value_heads=8, head_dim=128,
+    rms_norm_eps=1e-5, num_experts_per_tok=1, num_local_experts=16, interleave_moe_layer_step=1,
+    use_qk_norm=True, rope_theta=500000.0, no_rope_layer_interval=4, attention_chunk_size=8192,
+    attn_temperature_tuning=True, floor_scale=8192, attn_scale=0.1, attention_bias=False,
+    hidden_act="silu",
+)  # fmt: skip
+def llama4(f: Fields) -> Genome:
+    """Attention within chunks with RoPE, in every fourth layer over all tokens without it."""
+    count = layer_count(f)
+    period, step = f.whole("no_rope_layer_interval"), f.whole("interleave_moe_layer_step")
+    listed = f.list_of("no_rope_layers", int, "1 for RoPE, 0 for none")
+    turned = [bool(one) for one in listed] or [bool((i + 1) % period) for i in range(count)]
+    if len(turned) < count:
+        raise f.refuse("no_rope_layers", f"there are {count} layers")
+    kinds = layers(f, CHUNKS, lambda i: "chunked" if turned[i] else "full")
+    if f.flag("attn_temperature_tuning") and not all(turned[:count]):
+        f.note("scores that grow beyond floor_scale tokens in layers without RoPE")
+    f.known("floor_scale", "attn_scale")
+    turns, far = rope(f), dict[str, Gene](position="none")
+    if f.flag("use_qk_norm"):
+        turns |= {"qk_norm": True, "norm_scales": False}
+    chunk: dict[str, Gene] = {}
+    if "chunked" in kinds:
+        chunk = {"pattern": "chunked", "window": f.whole("attention_chunk_size")}
+    bias = f.flag("attention_bias")
+    mixers = [
+        attention(f, bias=bias, **(turns if turn else far), **(chunk if kind == "chunked" else {}))
+        for turn, kind in zip(turned, kinds, strict=False)
+    ]
+    channel = experts(f, "llama4-moe", False, "num_local_experts", "intermediate_size")
+    places = f.list_of("moe_layers", int, "layers' numbers")
+    if f.get("moe_layers") is None:
+        places = list(range(step - 1, count, step))
+    dense = [i not in places for i in range(count)]
+    return f.genome(sparse(f, mixers, dense, channel, "intermediate_size_mlp"))
 
 
 @family(

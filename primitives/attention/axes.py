@@ -92,6 +92,7 @@ def configure_plain(
         distance=distance_of(genes, position, site.width, heads, head_dim),
         qk_norm=normed,
         norm_over=choice(genes, "norm_over") if normed else "head",
+        norm_scales=flag(genes, "norm_scales") or not normed,
         gate=choice(genes, "gate"),
         entry_bias=flag(genes, "bias") and choice(genes, "bias_at") != "output",
         exit_bias=flag(genes, "bias") and choice(genes, "bias_at") != "inputs",
@@ -145,6 +146,12 @@ ATTENTION = Primitive(
             "qk_norm: over the channels of every head by itself, or of all heads together (OLMoE,"
             " arXiv 2409.02060)",
             options=("head", "all"),
+        ),
+        Axis(
+            "norm_scales",
+            True,
+            "qk_norm: learned scales; Llama 4's norm has none",
+            options=(True, False),
         ),
         Axis(
             "gate",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...kernels.letters import BTD
 from ...kernels.short_conv import short_conv
 from ..base import BidirectionalError, Carry, Cost, Operator, State
-from ..norm import HeadsNorm, make_norm
+from ..norm import HeadsNorm, UnscaledNorm, make_norm
 from ..position import Rotary
 from ..rope import RopeForm
 from ..sphere import Scale, unit
@@ -50,6 +50,7 @@ class AttentionConfig:
     qk_norm: bool
     norm_over: str
     """What the norm of queries and keys is over: the channels of one head, or of all together."""
+    norm_scales: bool
     gate: str
     entry_bias: bool
     exit_bias: bool
@@ -117,13 +118,17 @@ class AttentionConfig:
 
     def _normed(self, heads: int) -> int:
         """Scales of the norm of queries or keys."""
-        return self.head_dim * (heads if self.norm_over == "all" else 1) if self.qk_norm else 0
+        if not (self.qk_norm and self.norm_scales):
+            return 0
+        return self.head_dim * (heads if self.norm_over == "all" else 1)
 
     def norm(self, heads: int) -> nn.Module | None:
         """The norm of queries or keys (..., heads, K), where there is one."""
         if not self.qk_norm:
             return None
         together = self.norm_over == "all"
+        if not self.norm_scales:
+            return UnscaledNorm(2 if together else 1)
         return HeadsNorm(heads, self.head_dim) if together else make_norm("rmsnorm", self.head_dim)
 
     def _cached(self, context: int) -> int:

@@ -3,6 +3,8 @@
 An expert is an MLP as in `mlp.py`, with its own biases where `bias`. Its gated form has one more
 nonlinearity, `clamped` (gpt-oss, OpenAI, arXiv 2508.10925): min(g, 7) sigmoid(1.702 g) * (u + 1)
 with g and u clamped to at most 7, and u to at least -7.
+
+A token's weight stands on what an expert gives, or on what it reads (Llama 4, Meta, 2025).
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ class ExpertsConfig:
     activation: str
     gated: bool
     bias: bool
+    weighs_input: bool
 
     @property
     def entry(self) -> int:
@@ -65,7 +68,8 @@ class Experts(nn.Module):
         return {"entry": 2, "exit": 1}
 
     def forward(self, rows: Tensor, routing: Routing) -> Tensor:
-        """sum_j weights_nj * expert(row_n) for rows (N, D), over the kept pairs.
+        """sum_j weights_nj * expert(row_n) for rows (N, D), over the kept pairs; or with the weight
+        inside, sum_j expert(weights_nj * row_n).
 
         Pairs of special experts add nothing here. In decoding they are computed and weighted with
         0, so that shapes do not depend on the data; in the grouped product they have no row.
@@ -85,7 +89,10 @@ class Experts(nn.Module):
         own = None
         if self.entry_bias is not None:
             own = choices.flatten()[where.order]
-        hidden = _product(permute(rows, where), entry, where.ends, form)
+        read = permute(rows, where)
+        if self.config.weighs_input:
+            read, weights = _weighed(read, weights.flatten()[where.order]), torch.ones_like(weights)
+        hidden = _product(read, entry, where.ends, form)
         if self.entry_bias is not None:
             hidden = hidden + self.entry_bias.to(hidden.dtype)[own]
         out = _product(self._activate(hidden, 1), exit_, where.ends, form)
@@ -108,13 +115,17 @@ class Experts(nn.Module):
         batch, experts, taken = tokens.shape
         index = tokens + x.shape[1] * torch.arange(batch, device=x.device)[:, None, None]
         index = index.transpose(0, 1).reshape(experts, batch * taken)
-        hidden = rows.flatten(0, 1)[index] @ entry.mT
+        weights = weights.transpose(0, 1).reshape(experts, -1)
+        read = rows.flatten(0, 1)[index]
+        if self.config.weighs_input:
+            read, weights = _weighed(read, weights), torch.ones_like(weights)
+        hidden = read @ entry.mT
         if self.entry_bias is not None:
             hidden = hidden + self.entry_bias.to(hidden.dtype)[:, None]
         out = self._activate(hidden, 2) @ exit_.mT
         if self.exit_bias is not None:
             out = out + self.exit_bias.to(out.dtype)[:, None]
-        out = out.to(weights.dtype) * weights.transpose(0, 1).reshape(experts, -1, 1)
+        out = out.to(weights.dtype) * weights.unsqueeze(-1)
         total = out.new_zeros(batch * x.shape[1], x.shape[2])
         return total.index_add(0, index.flatten(), out.flatten(0, 1)).to(rows.dtype).view(x.shape)
 
@@ -130,7 +141,11 @@ class Experts(nn.Module):
         self, rows: Tensor, entry: Tensor, exit_: Tensor, choices: Tensor, weights: Tensor
     ) -> Tensor:
         chosen = choices.flatten()
-        hidden = entry[chosen] @ rows.repeat_interleave(choices.shape[1], 0).unsqueeze(-1)
+        read = rows.repeat_interleave(choices.shape[1], 0)
+        if self.config.weighs_input:
+            # An expert without biases gives nothing for nothing: dropped pairs have weight 0.
+            read, weights = _weighed(read, weights.flatten()), torch.ones_like(weights)
+        hidden = entry[chosen] @ read.unsqueeze(-1)
         if self.entry_bias is not None:
             hidden = hidden + self.entry_bias.to(hidden.dtype)[chosen].unsqueeze(-1)
         out = (exit_[chosen] @ self._activate(hidden, 1)).squeeze(-1)
@@ -155,6 +170,11 @@ class Experts(nn.Module):
             gate, up = gate.clamp_max(CLAMP), up.clamp(-CLAMP, CLAMP)
             return gate * torch.sigmoid(SLOPE * gate) * (up + 1)
         return activate(self.config.activation, gate) * up
+
+
+def _weighed(rows: Tensor, weights: Tensor) -> Tensor:
+    """Rows (..., D) times their weights, in the rows' dtype."""
+    return (rows * weights.unsqueeze(-1)).to(rows.dtype)
 
 
 ProductForm = Literal["gathered", "grouped", "segments"]

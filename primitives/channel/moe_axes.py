@@ -52,6 +52,9 @@ def configure(site: Site, genes: Mapping[str, Gene]) -> MoeConfig:
         raise GeneError("activation=clamped goes with gated=true and shared=0")
     if flag(genes, "shared_gate") and not shared:
         raise GeneError("shared_gate=true goes with shared of at least 1")
+    inside = choice(genes, "weigh") == "input"
+    if inside:
+        only(genes, "weigh", {"bias": False, "constant": 0})
     _check_groups(genes, experts + special.count, top_k)
     if choice(genes, "noise") == "random-second" and top_k < 2:
         raise GeneError("noise=random-second goes with top_k of at least 2")
@@ -92,7 +95,7 @@ def configure(site: Site, genes: Mapping[str, Gene]) -> MoeConfig:
             special_load=number(genes, "special_load") if uneven else 1.0,
             residual=flag(genes, "router_residual"),
         ),
-        experts=ExpertsConfig(site.width, experts, inner, activation, gated, bias),
+        experts=ExpertsConfig(site.width, experts, inner, activation, gated, bias, inside),
         special=special,
         shared=MlpConfig(site.width, shared * inner, activation, gated, bias) if shared else None,
         shared_gate=flag(genes, "shared_gate"),
@@ -162,6 +165,12 @@ AXES = (
         options=(False, True),
     ),
     Axis("scale", 1.0, "factor on the routed experts' output", low=0.0, high=100.0),
+    Axis(
+        "weigh",
+        "output",
+        "where a token's weight stands: on what an expert gives, or on what it reads (Llama 4)",
+        options=("output", "input"),
+    ),
     Axis("router_bias", False, "a learned bias on the router's logits", options=(False, True)),
     Axis(
         "router_residual",

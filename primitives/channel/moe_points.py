@@ -195,6 +195,21 @@ POINTS = (
         "The loss in this layer's own normalisation, 1 for an even load.",
     ),
     Point(
+        "llama4-moe",
+        {
+            "experts": 16,
+            "top_k": 1,
+            "expansion": 1.6,
+            "shared": 1,
+            "score": "sigmoid",
+            "renormalise": False,
+            "weigh": "input",
+            "balance": "none",
+        },
+        "Meta, Llama 4 Scout (2025)",
+        "Its training is not published: no loss, no bias of the selection.",
+    ),
+    Point(
         "gpt-oss-moe",
         {
             "experts": 32,

@@ -85,8 +85,8 @@ def attention(c: AttentionConfig) -> Fields | str:
         return "attention is full or has a sliding window there"
     if c.score != ScoreForm() or c.gate != "none" or c.conv:
         return "attention has a plain softmax, no gate and no convolution there"
-    if c.norm_over != "head":
-        return "attention norms the queries and keys of every head by itself there"
+    if c.norm_over != "head" or not c.norm_scales:
+        return "attention norms the queries and keys of every head, with scales, there"
     if c.exit_bias:
         return "attention has biases on queries, keys and values only there (bias_at=inputs)"
     if c.heads * c.head_dim != c.width:
