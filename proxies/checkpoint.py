@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,37 @@ VERSION = 1
 
 
 def write(folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Path:
-    """Write the checkpoint of that folder, all or nothing: a kill leaves the old one whole."""
+    """Write the checkpoint of that folder, all or nothing: a kill leaves the old one whole.
+
+    Raises OSError, with the checkpoint's name, where the disk does not take it."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE
     # One file, so that weights and facts can never be of different moments.
     temporary = folder / f".{FILE}.{os.getpid()}"
     header = {"mendel": json.dumps({"version": VERSION, **facts}, allow_nan=False)}
     try:
-        save_file({k: t.detach().contiguous() for k, t in tensors.items()}, temporary, header)
+        save_tensors({k: t.detach().contiguous() for k, t in tensors.items()}, temporary, header)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:
+    """Write a safetensors file. Raises OSError where the disk does not take it."""
+    try:
+        save_file(tensors, path, header)
+    except SafetensorError as error:
+        # The library tells the system's errors in words alone.
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from None
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

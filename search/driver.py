@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any, Literal
 
@@ -264,6 +265,9 @@ class _Driver:
         if number in self.ledger.failures:
             del self.waiting[outcome.key]
             return
+        if outcome.failure is not None and outcome.failure.kind == "disk":
+            self.forgive()
+            raise OSError(ENOSPC, os.strerror(ENOSPC), outcome.failure.reason or None)
         if outcome.failure is not None:
             del self.waiting[outcome.key]
             self.ledger.keep_failure(number, outcome.failure)

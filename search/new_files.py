@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from .store import write_text
@@ -33,3 +34,10 @@ def write_new(files: Mapping[Path, str]) -> None:
                 other.unlink(missing_ok=True)
             raise Mistake(f"{path}: cannot be written: {error.strerror}") from None
         written.append(path)
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Take away those of the folders into which nothing came; the innermost stand first."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from errno import EDQUOT, ENOSPC
 from typing import Any, Literal
 
 TrialState = Literal["running", "complete", "stopped", "infeasible", "failed"]
 """`complete`: trained to the last rung; only these stand on the front. `stopped`: halving ended it
 at an earlier rung. `infeasible`: a constraint refused it. `failed`: see its failure."""
 
-FailureKind = Literal["diverged", "memory", "timeout", "error", "worker-died", "abandoned"]
+FailureKind = Literal["diverged", "memory", "timeout", "error", "disk", "worker-died", "abandoned"]
+"""`disk`, a full one, is no fault of the trial: the driver stops and records nothing."""
+
+FULL_DISK = (ENOSPC, EDQUOT)
+"""The system's errors."""
 
 
 @dataclass(frozen=True)

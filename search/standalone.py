@@ -18,6 +18,7 @@ from ..proxies.tasks import ProxyConfig, make_task
 from ..proxies.train import Diverged, Training
 from .figures import curves_figure
 from .measure import device_name
+from .new_files import remove_empty
 from .page import Page, table, text
 from .source import PLAN
 from .store import difference, write_json, write_text
@@ -71,8 +72,13 @@ def claim(plan: Plan, out: Path) -> None:
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Mistake(f"{out} exists and holds no training; choose a new or empty folder")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(path, plan.as_dict())
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, plan.as_dict())
+    except OSError:
+        remove_empty(missing)
+        raise
 
 
 def _change(held: Any, plan: Plan, key: str) -> str:

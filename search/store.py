@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+from .records import FULL_DISK
 from .study import Study, load_study
 
 CHECKPOINTS = "checkpoints"
@@ -42,14 +43,16 @@ def now() -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all, even over an older one."""
+    """Write a file whole or not at all, even over an older one. Raises OSError with its name."""
     scratch = path.with_name(path.name + f".{os.getpid()}.part")
     try:
         scratch.write_text(text, encoding="utf-8")
         os.replace(scratch, path)
-    except OSError:
-        scratch.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        # A folder that cannot be written to cannot be tidied either.
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -72,8 +75,7 @@ def storage_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = "no space is left" if full else (error.strerror or str(error))
+        what = "no space is left" if error.errno in FULL_DISK else (error.strerror or str(error))
         where = error.filename or folder
         raise RunError(
             f"{where}: {what}; nothing finished is lost, the same command resumes {folder}"

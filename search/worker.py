@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as functional
 
 from ..proxies.train import Diverged, TimeLimit
-from .records import Failure, FailureKind
+from .records import FULL_DISK, Failure
 from .units import bytes_text, duration_text
 
 if sys.platform != "win32":
@@ -120,8 +120,9 @@ def _classified(error: BaseException, limits: Limits) -> Failure:
     if out_of_memory:
         limit = f"the limit of {bytes_text(limits.memory)}" if limits.memory else "the memory"
         return Failure("memory", f"it needs more than {limit}: {first or 'MemoryError'}", detail)
-    kind: FailureKind = "error"
-    return Failure(kind, f"{type(error).__name__}: {first}", detail)
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        return Failure("disk", str(error.filename or ""), detail)
+    return Failure("error", f"{type(error).__name__}: {first}", detail)
 
 
 @contextmanager

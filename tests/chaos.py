@@ -3,6 +3,7 @@
 Workers find this file by PYTHONPATH; a study names a function of it as `chaos:name`.
 """
 
+import errno
 import hashlib
 import os
 import signal
@@ -34,6 +35,15 @@ def quick(job: Job) -> dict[str, Any]:
         "seconds": 0.0,
         "tokens": 1,
     }
+
+
+def full_once(job: Job) -> dict[str, Any]:
+    """The disk is full when the third trial is trained for the first time."""
+    marker = Path(job["folder"]).parent.parent / "was-full"
+    if job["trial"] == 3 and not marker.exists():
+        marker.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "checkpoint")
+    return quick(job)
 
 
 def logged(job: Job) -> dict[str, Any]:

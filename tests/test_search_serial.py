@@ -244,3 +244,11 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
     run = search(path)
     assert story(run.folder) == whole
     assert not list(run.folder.rglob("*.part"))
+
+
+def test_a_disk_that_fills_under_a_candidate_is_no_fault_of_it(tmp_path: Path) -> None:
+    whole = story(search(write(tmp_path / "whole", evaluate="chaos:quick")).folder)
+    path = write(tmp_path, evaluate="chaos:full_once")
+    with pytest.raises(RunError, match="checkpoint: no space is left; nothing finished is lost"):
+        search(path)
+    assert story(search(path).folder) == whole

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import suppress
 from pathlib import Path
 
 from ...genome.files import load
 from ...genome.notation import parse
 from ...genome.notation import show as notation
+from ..new_files import remove_empty
 from ..terminal import Mistake
 from .facts import provenance
 from .formats import DEFAULT, FORMATS
@@ -32,11 +32,10 @@ def export(order: Order, out: Path, to: str = DEFAULT, *, force: bool = False) -
     if out.resolve() == Path.cwd():
         raise Mistake(f"{out} is the folder that this command runs in; name one inside it")
     missing = [folder for folder in out.parents if not folder.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
     scratch = out.with_name(f".{out.name}.{os.getpid()}.part")
     older = out.with_name(f".{out.name}.{os.getpid()}.old")
-    scratch.mkdir()
     try:
+        scratch.mkdir(parents=True)
         more = FORMATS[to].write(order, scratch)
         seal(scratch, {**provenance(order, to), **more})
         check(order, scratch)
@@ -45,12 +44,11 @@ def export(order: Order, out: Path, to: str = DEFAULT, *, force: bool = False) -
             out.rename(older)
         scratch.rename(out)
         shutil.rmtree(older, ignore_errors=True)
+    except OSError as error:
+        raise Mistake(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        for folder in missing:
-            # Only those into which nothing came.
-            with suppress(OSError):
-                folder.rmdir()
+        remove_empty(missing)
     return out
 
 

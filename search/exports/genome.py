@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...genome.files import dump
+from ...genome.files import text_of
 from .card import card
 from .facts import costs, scores
 from .order import Order
@@ -36,7 +36,7 @@ def write_design(order: Order, folder: Path, vocab: int | None = None) -> None:
     """What every format with a genome holds: genome, costs and scores. `vocab` is that of the
     weights in the folder; None where there are none."""
     genome = order.source.genome
-    dump(genome, folder / "genome.yaml")
-    dump(genome, folder / "genome.json")
+    for path in (folder / "genome.yaml", folder / "genome.json"):
+        path.write_text(text_of(genome, path), encoding="utf-8")
     write(folder / "costs.json", costs(genome, vocab))
     write(folder / "scores.json", scores(order.source))

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...genome.blueprint import Blueprint
@@ -15,6 +14,7 @@ from ...genome.files import to_dict
 from ...genome.genome import BYTE_VOCAB
 from ...genome.resolve import blueprint
 from ...primitives.base import BidirectionalError
+from ...proxies.checkpoint import save_tensors
 from ..terminal import Mistake
 from .bundle import bundle
 from .card import card
@@ -113,8 +113,8 @@ def write_hf(order: Order, folder: Path) -> dict[str, Any]:
         write(folder / "tokenizer_config.json", settings(length))
     if weights is not None:
         tensors = {PREFIX + name: tensor for name, tensor in weights.tensors.items()}
-        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-        save_file(reference(order, weights), folder / REFERENCE)
+        save_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
+        save_tensors(reference(order, weights), folder / REFERENCE, {})
     vocab = None if weights is None else weights.vocab
     write_design(order, folder, vocab)
     text = card(
