@@ -21,7 +21,7 @@ from mendel.search.source import find_genome
 from mendel.search.terminal import Mistake
 
 MODEL_CHECKS = {
-    *("config", "weights", "load", "logits", "cache", "generation", "padding", "tied"),
+    *("config", "code", "weights", "load", "logits", "cache", "generation", "padding", "tied"),
     *("gradients", "save", "tokenizer"),
 }
 MIXTURE = (
@@ -249,6 +249,46 @@ def test_checks_find_what_hashes_cannot(name: str, model: Path, tmp_path: Path) 
     found = failures(folder)
     assert "files" not in found
     assert set(found) >= wanted, found
+
+
+def sealed_by(folder: Path, **facts: Any) -> None:
+    """Hash the files anew as another version would have done it."""
+    held = json.loads((folder / "provenance.json").read_text())
+    kept = {k: v for k, v in held.items() if k not in ("files", OWN)}
+    seal(folder, kept | facts)
+
+
+@pytest.mark.parametrize("other", [{"mendel": "0.0.1"}, {"commit": "f" * 40}])
+def test_what_another_version_wrote_is_said_to_be_its(
+    other: dict[str, str], model: Path, tmp_path: Path, call: Call
+) -> None:
+    folder = copied(model, tmp_path)
+    for name in ("mendel_genome_model.py", "mendel_genome_blueprint.py"):
+        edited(name, "from __future__", "# As it was once.\nfrom __future__")(folder)
+    edited("costs.json", '"context": 4096', '"context": 4097')(folder)
+    sealed_by(folder, **other)
+    found = {r.name: r for r in verify(folder)}
+    assert {r.name for r in found.values() if r.state != "passed"} == {"code", "costs"}
+    assert {found[name].state for name in ("code", "costs")} == {"skipped"}
+    said = found["code"].said
+    assert "mendel_genome_blueprint.py and 1 other file of code are not what this version" in said
+    assert "written by mendel 0." in said
+    assert other.get("mendel", "fffffffff;") in said
+    code, out, _ = call("verify", str(folder))
+    assert code == 0
+    assert "is verified but for what was skipped (costs, code)" in " ".join(out.split())
+
+
+def test_what_this_version_did_not_write_fails_where_it_is_named(
+    model: Path, tmp_path: Path
+) -> None:
+    folder = copied(model, tmp_path)
+    edited("mendel_genome_model.py", "from __future__", "# More.\nfrom __future__")(folder)
+    sealed(folder)
+    words = "mendel_genome_model.py is not what this version writes, though it says that this"
+    found = failures(folder)
+    assert set(found) == {"code"}
+    assert found["code"].startswith(words)
 
 
 def test_the_exit_code_and_the_words_name_the_check(

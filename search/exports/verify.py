@@ -20,14 +20,11 @@ from ...genome.genome import GRAMMAR_VERSION
 from ...genome.hash import canonical_hash
 from ...genome.notation import NotationError, parse
 from ..terminal import Mistake, clean
-from .facts import VERSION, costs
+from .drift import Failed, Skipped, differs, writer
+from .facts import costs
 from .folder import is_export
 from .formats import FORMATS
 from .proof import PROVENANCE, differences, read_facts
-
-
-class Failed(Exception):
-    """What a check found, as a sentence."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +34,6 @@ class Result:
     name: str
     state: str
     said: str = ""
-
-
-class Skipped(Exception):
-    """Why there was nothing to check, as a sentence."""
 
 
 class Check(NamedTuple):
@@ -145,9 +138,10 @@ def _design(folder: Path, facts: dict[str, Any]) -> list[Check]:
     def same_hash() -> str:
         found = canonical_hash(parse(told["notation"]))
         if found != told["hash"]:
-            if facts["mendel"] != VERSION:
-                # A config that gained a field changes hashes; the genome itself is checked above.
-                raise Skipped(f"written by mendel {facts['mendel']}, whose hashes differ")
+            # A config that gained a field changes hashes; the genome itself is checked above.
+            who = writer(facts)
+            if who is not None:
+                raise Skipped(f"hashes differ between versions: {who}")
             raise Failed(f"the genome's hash is {found}, and {PROVENANCE} has {told['hash']}")
         return str(found)
 
@@ -158,7 +152,7 @@ def _design(folder: Path, facts: dict[str, Any]) -> list[Check]:
         written = json.loads(path.read_text(encoding="utf-8"))
         counted = clean(costs(parse(told["notation"]), _vocab(facts)))
         if written != json.loads(json.dumps(counted)):
-            raise Failed("costs.json is not what this version of mendel counts for the genome")
+            differs("costs.json is not what this version counts for the genome", facts)
         return f"{written['params']:,} parameters"
 
     return [

@@ -31,9 +31,10 @@ from ...genome.model import LanguageModel
 from ...genome.notation import parse
 from ...genome.resolve import blueprint
 from ..terminal import Mistake
+from .drift import Failed, Skipped, differs, same_code
 from .hf import AUTO_MAP, PREFIX, REFERENCE, WEIGHTS
 from .proof import files_of
-from .verify import Check, Failed, Skipped
+from .verify import Check
 
 LARGEST = 300_000_000
 """Parameters of the largest model without weights that is built to be checked."""
@@ -66,6 +67,7 @@ class Exported:
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self.folder = folder.resolve()
+        self.facts = facts
         self.genome = parse(facts["genome"]["notation"])
         self.package = transformers()
 
@@ -127,6 +129,7 @@ def checks(folder: Path, facts: dict[str, Any]) -> list[Check]:
     it = Exported(folder, facts)
     first = [
         Check("config", lambda: _config(it), gate=True),
+        Check("code", lambda: same_code(it.folder, it.genome, facts)),
         Check("weights", lambda: _weights(it), gate=True),
     ]
     params = cost(it.genome).total.params
@@ -154,10 +157,10 @@ def _config(it: Exported) -> str:
     """config.json is what the genome's blueprint says."""
     if it.config.get("genome") != to_dict(it.genome):
         raise Failed("config.json holds another genome")
-    if it.config.get("blueprint") != json.loads(json.dumps(encode(blueprint(it.genome)))):
-        raise Failed("the blueprint in config.json is not the genome's in this version of mendel")
     if it.config.get("auto_map") != AUTO_MAP:
         raise Failed("config.json names other code than the folder's")
+    if it.config.get("blueprint") != json.loads(json.dumps(encode(blueprint(it.genome)))):
+        differs("the blueprint in config.json is not the genome's in this version", it.facts)
     return "the blueprint is the genome's"
 
 
