@@ -20,8 +20,6 @@ MOST_BOXES = 48
 RAIL = 2
 """Columns for one sharing group."""
 MOST_RAILS = 5
-LEAST_BOX = 13
-"""Columns of the narrowest box of a branch."""
 
 _STYLE = {"mixer": "cyan", "channel": "yellow", "edge": "dim", "link": "magenta"}
 _LINES = "╭╮╰╯┌┐└┘├┤┬┴┼│─┆◂"
@@ -213,17 +211,22 @@ def _branches(
     """Boxes side by side, the first one being that branch of the slot; the lines of their texts."""
     count = len(row.boxes)
     each = (layout.boxes - 2 * (count - 1)) // count
-    if each >= LEAST_BOX:
+    if count == 1 or each - 4 >= max(box.longest for box in row.boxes):
         lefts = [layout.left + i * (each + 2) for i in range(count)]
         widths = [each] * (count - 1) + [layout.right - lefts[-1] + 1]
         contents = [_lines(box, w - 4) for box, w in zip(row.boxes, widths, strict=True)]
     else:
         # More branches than fit side by side stand as lines of one box.
         lefts, widths = [layout.left], [layout.boxes]
-        contents = [_stacked(row, layout.boxes - 4)]
+        stack = _stacked(row, layout.boxes - 4)
+        contents = [[line for lines in stack for line in lines]]
     if count == 1 and row.entry:
         contents[0].append((row.entry, "dim"))
-    height = max(len(lines) for lines in contents)
+    # Rails of two branches would run into each other on one line.
+    ports = {j: k for k, j in enumerate(j for j, box in enumerate(row.boxes) if box.tags)}
+    if len(lefts) < count:
+        ports = {j: sum(map(len, stack[: j + 1])) for j in ports}
+    height = max(*map(len, contents), len(ports))
     centres = [x + w // 2 for x, w in zip(lefts, widths, strict=True)]
     if len(centres) % 2:
         centres[len(centres) // 2] = layout.centre
@@ -249,8 +252,8 @@ def _branches(
             if 0 <= i - skip < len(lines):
                 text, style = lines[i - skip]
                 canvas.put(y, x + 1, text.center(w - 2), style)
-    for j in range(count):
-        middles[row.index, first + j] = body[0]
+    for j, line in ports.items():
+        middles[row.index, first + j] = body[line]
     if len(centres) > 1:
         y = canvas.line()
         _branch_line(canvas, y, centres, layout.centre, "╰╯┴", "┬")
@@ -271,19 +274,10 @@ def _branch_line(
     canvas.put(y, centre, "┼" if canvas.char(y, centre) == ends[2] else stem)
 
 
-def _tags(box: Box) -> list[str]:
-    tags = []
-    if box.weights is not None:
-        tags.append(f"weights {box.weights}")
-    if box.features is not None:
-        tags.append(f"{'takes' if box.borrows else 'lends'} kv {box.features}")
-    return tags
-
-
 def _lines(box: Box, width: int) -> list[tuple[str, str]]:
     """The box's text: all in one line where it fits, else the name above the rest."""
     bold, style = f"bold {_STYLE[box.kind]}", _STYLE[box.kind]
-    parts = [part for part in (box.genes, *_tags(box)) if part]
+    parts = [part for part in (box.genes, *box.tags) if part]
     whole = " · ".join([box.name, *parts])
     if len(whole) <= width and not (parts and box.genes):
         return [(whole, bold)]
@@ -295,13 +289,14 @@ def _lines(box: Box, width: int) -> list[tuple[str, str]]:
     return [(line, bold) for line in textwrap.wrap(box.name, width)] + [(t, style) for t in lines]
 
 
-def _stacked(row: Row, width: int) -> list[tuple[str, str]]:
-    lines = [(", ".join(filter(None, (f"{len(row.boxes)} branches", row.join, row.entry))), "dim")]
+def _stacked(row: Row, width: int) -> list[list[tuple[str, str]]]:
+    """What the slot is, and the lines of each branch."""
+    found = [[(row.stacked, "dim")]]
     for box in row.boxes:
         text = box.name + (f"({box.genes})" if box.genes else "")
-        text = " · ".join([text, *_tags(box)])
-        lines += [(line, _STYLE[box.kind]) for line in textwrap.wrap(text, width)]
-    return lines
+        text = " · ".join([text, *box.tags])
+        found.append([(line, _STYLE[box.kind]) for line in textwrap.wrap(text, width)])
+    return found
 
 
 def _rails(

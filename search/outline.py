@@ -5,6 +5,7 @@ The terminal drawing (`draw.py`) and the picture (`picture.py`) are two renderin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -27,6 +28,20 @@ class Box:
     weights: str | None
     features: str | None
     borrows: bool
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """What it shares."""
+        tags = [] if self.weights is None else [f"weights {self.weights}"]
+        if self.features is not None:
+            tags.append(f"{'takes' if self.borrows else 'lends'} kv {self.features}")
+        return tuple(tags)
+
+    @property
+    def longest(self) -> int:
+        """Characters of its longest word: narrower it would be cut. Names break at hyphens."""
+        words = [*re.split("(?<=-)", self.name), *self.genes.split(), *" ".join(self.tags).split()]
+        return max(map(len, words))
 
 
 @dataclass(frozen=True)
@@ -65,6 +80,12 @@ class Row:
             )
             for j, box in enumerate(self.boxes)
         ]
+
+    @property
+    def stacked(self) -> str:
+        """What stands above branches that do not fit side by side."""
+        parts = (f"{len(self.boxes)} branches", self.join, self.entry)
+        return ", ".join(filter(None, parts))
 
     @property
     def entry(self) -> str:

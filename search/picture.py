@@ -21,8 +21,13 @@ _LEFT = 64
 _LINE = 17
 _PAD = 9
 _GAP = 16
+_APART = 10
+"""Between branches."""
 _CHAR = 7.4
 """Width of a character at the size that the boxes' text has."""
+
+_Places = dict[tuple[int, int], list[tuple[float, float]]]
+"""Of each branch that shares: the points by which its rail leaves it, from the dot on."""
 
 
 @dataclass
@@ -78,7 +83,7 @@ def picture(content: Outline, title: str) -> str:
     after = "" if first == "none" else f" · {first}"
     _end(sheet, f"embedding {genome.vocab} × {genome.width}{after}")
     _numbers(sheet, numbers, sheet.y - 11, content.cost.embedding.params, 0, 0.0)
-    places: dict[tuple[int, int], tuple[float, float]] = {}
+    places: _Places = {}
     for block in content.blocks:
         _block(sheet, block, numbers, places)
     _stem(sheet, _LEFT + _BOXES / 2, sheet.y, sheet.y + _GAP)
@@ -135,9 +140,7 @@ def _numbers(
         sheet.text(x + offset, y, text, "small", "end")
 
 
-def _block(
-    sheet: _Sheet, block: Block, numbers: float, places: dict[tuple[int, int], tuple[float, float]]
-) -> None:
+def _block(sheet: _Sheet, block: Block, numbers: float, places: _Places) -> None:
     top = sheet.y + _GAP
     for row in block.rows:
         _slot(sheet, row, numbers, places)
@@ -148,9 +151,39 @@ def _block(
     sheet.text(x - 5, (top + bottom) / 2 + 4, f"×{block.count}", "name", "end")
 
 
-def _slot(
-    sheet: _Sheet, row: Row, numbers: float, places: dict[tuple[int, int], tuple[float, float]]
-) -> None:
+@dataclass(frozen=True)
+class _Drawn:
+    """A box of a slot: one operator's, or that of all branches where they do not fit."""
+
+    x: float
+    width: float
+    kind: str
+    lines: list[tuple[str, str]]
+    """Each with its role."""
+
+    @property
+    def centre(self) -> float:
+        return self.x + self.width / 2
+
+
+def _boxes(row: Row) -> list[_Drawn]:
+    count = len(row.boxes)
+    width = (_BOXES - _APART * (count - 1)) / count
+    chars = int((width - 14) / _CHAR)
+    if count > 1 and max(box.longest for box in row.boxes) > chars:
+        whole = int((_BOXES - 14) / _CHAR)
+        lines = [line for box in row.boxes for line in _lines(box, whole)]
+        return [_Drawn(_LEFT, _BOXES, row.boxes[0].kind, [(row.stacked, "small"), *lines])]
+    texts = [_lines(box, chars) for box in row.boxes]
+    if count == 1 and row.entry:
+        texts[0].append((row.entry, "small"))
+    return [
+        _Drawn(_LEFT + i * (width + _APART), width, box.kind, lines)
+        for i, (box, lines) in enumerate(zip(row.boxes, texts, strict=True))
+    ]
+
+
+def _slot(sheet: _Sheet, row: Row, numbers: float, places: _Places) -> None:
     centres = []
     for first, part in row.parts():
         centres.append(_branches(sheet, part, first, places))
@@ -162,71 +195,80 @@ def _slot(
     _numbers(sheet, numbers, centre, cost.params, cost.state_bytes, cost.flops_per_token)
 
 
-def _branches(
-    sheet: _Sheet, row: Row, first: int, places: dict[tuple[int, int], tuple[float, float]]
-) -> float:
+def _branches(sheet: _Sheet, row: Row, first: int, places: _Places) -> float:
     """Boxes side by side, the first one being that branch of the slot; the height of their
     middle."""
-    count = len(row.boxes)
+    boxes = _boxes(row)
     middle = _LEFT + _BOXES / 2
-    width = (_BOXES - 10.0 * (count - 1)) / count
-    texts = [_lines(box, int((width - 14) / _CHAR)) for box in row.boxes]
-    if count == 1 and row.entry:
-        texts[0].append(row.entry)
-    height = max(len(lines) for lines in texts) * _LINE + 2 * _PAD
+    height = max(len(box.lines) for box in boxes) * _LINE + 2 * _PAD
     top = sheet.y + _GAP
-    centres = [_LEFT + i * (width + 10) + width / 2 for i in range(count)]
-    if count > 1:
+    if len(boxes) > 1:
         split = top - 2
         top = split + 10
         _stem(sheet, middle, sheet.y, split)
-        sheet.path([(centres[0], split), (centres[-1], split)], "stem")
-        for x in centres:
-            _stem(sheet, x, split, top)
+        _bar(sheet, boxes, split)
+        for box in boxes:
+            _stem(sheet, box.centre, split, top)
     else:
         _stem(sheet, middle, sheet.y, top)
-    for j, (box, x, lines) in enumerate(zip(row.boxes, centres, texts, strict=True)):
-        sheet.box(x - width / 2, top, width, height, box.kind)
-        y = top + (height - len(lines) * _LINE) / 2 + 12.5
-        for k, line in enumerate(lines):
-            sheet.text(x, y + k * _LINE, line, "name" if k == 0 else "small")
-        # Rails leave the last branch at its own height, the others a little lower.
-        places[row.index, first + j] = (
-            x + width / 2,
-            top + height / 2 + (0 if j == count - 1 else 8),
-        )
+    for box in boxes:
+        sheet.box(box.x, top, box.width, height, box.kind)
+        y = top + (height - len(box.lines) * _LINE) / 2 + 12.5
+        for k, (line, role) in enumerate(box.lines):
+            sheet.text(box.centre, y + k * _LINE, line, role)
+    for j, port in _ports(row, boxes, top, height).items():
+        places[row.index, first + j] = port
     sheet.y = top + height
-    if count > 1:
+    if len(boxes) > 1:
         join = sheet.y + 10
-        for x in centres:
-            _stem(sheet, x, sheet.y, join)
-        sheet.path([(centres[0], join), (centres[-1], join)], "stem")
-        sheet.text(
-            middle + 6, join + 13, " · ".join(filter(None, (row.join, row.entry))), "small", "start"
-        )
+        for box in boxes:
+            _stem(sheet, box.centre, sheet.y, join)
+        _bar(sheet, boxes, join)
+        words = " · ".join(filter(None, (row.join, row.entry)))
+        sheet.text(middle + 6, join + 13, words, "small", "start")
         sheet.y = join
     return top + height / 2
 
 
-def _lines(box: Box, chars: int) -> list[str]:
-    parts = [box.genes] if box.genes else []
-    if box.weights is not None:
-        parts.append(f"weights {box.weights}")
-    if box.features is not None:
-        parts.append(f"{'takes' if box.borrows else 'lends'} kv {box.features}")
+def _bar(sheet: _Sheet, boxes: list[_Drawn], y: float) -> None:
+    sheet.path([(boxes[0].centre, y), (boxes[-1].centre, y)], "stem")
+
+
+def _ports(
+    row: Row, boxes: list[_Drawn], top: float, height: float
+) -> dict[int, list[tuple[float, float]]]:
+    """Where the rails of what is shared leave the branches. Those that share stand last: the last
+    one's rail leaves it at its side, those of others below, and past the later ones."""
+    sharing = [j for j, box in enumerate(row.boxes) if box.tags]
+    bottom, right = top + height, boxes[-1].x + boxes[-1].width
+    found = {}
+    for k, j in enumerate(reversed(sharing)):
+        if k > 0 and len(boxes) > 1:
+            x = boxes[j].x + boxes[j].width - _PAD
+            found[j] = [(x, bottom), (x, bottom + min(1.0 + 3 * k, 8.0))]
+        else:
+            y = top + height / 2 + (-8 * k if len(boxes) == 1 else 0)
+            found[j] = [(right, y)]
+    return found
+
+
+def _lines(box: Box, chars: int) -> list[tuple[str, str]]:
+    """The box's text, each line with its role."""
+    parts = [part for part in (box.genes, *box.tags) if part]
     rest = " · ".join(parts)
     if len(rest) > chars:
-        return [box.name, *(line for part in parts for line in textwrap.wrap(part, chars))]
-    return [box.name, rest] if rest else [box.name]
+        small = [line for part in parts for line in textwrap.wrap(part, chars)]
+    else:
+        small = [rest] if rest else []
+    names = textwrap.wrap(box.name, chars)
+    return [(line, "name") for line in names] + [(line, "small") for line in small]
 
 
-def _rail(
-    sheet: _Sheet, link: Link, places: dict[tuple[int, int], tuple[float, float]], x: float
-) -> None:
-    points = [places[place] for place in link.places]
-    role = link.kind
-    ys = [y for _, y in points]
-    sheet.path([(x, min(ys)), (x, max(ys))], role)
-    for left, y in points:
-        sheet.path([(left, y), (x, y)], role)
+def _rail(sheet: _Sheet, link: Link, places: _Places, x: float) -> None:
+    ports = [places[place] for place in link.places]
+    ys = [port[-1][1] for port in ports]
+    sheet.path([(x, min(ys)), (x, max(ys))], link.kind)
+    for port in ports:
+        left, y = port[0]
+        sheet.path([*port, (x, port[-1][1])], link.kind)
         sheet.parts.append(f'<circle cx="{left:.1f}" cy="{y:.1f}" r="3" class="dot"/>')

@@ -391,8 +391,12 @@ def broken(trial: TrialRecord) -> str:
 
 def _provenance(page: Page, run: RunView) -> None:
     page.add(text("h2", "Provenance"))
-    facts = run.provenance
+    facts = dict(run.provenance)
+    # The first life's facts are those above.
+    lives = facts.pop("lives", [])[1:]
     rows = [[k, v if isinstance(v, str) else _short(v)] for k, v in facts.items()]
+    if lives:
+        rows.append(["resumed at", ", ".join(str(life.get("at")) for life in lives)])
     if rows:
         page.add(table(["what", "value"], rows))
     page.add(

@@ -21,6 +21,11 @@ def count_text(value: float) -> str:
     return f"{value:.0f}" if magnitude >= 100 or value == int(value) else f"{value:.3g}"
 
 
+def ratio_text(value: float) -> str:
+    """A ratio in three digits or all before the point: `0.087`, `1.00`, `9.68`, `315`, `12,400`."""
+    return f"{value:#.3g}" if value < 99.95 else f"{value:,.0f}"
+
+
 def bytes_text(value: float) -> str:
     """Bytes in binary units: `0 B`, `512 B`, `32 KiB`, `1.5 MiB`."""
     if not math.isfinite(value):

@@ -2,6 +2,7 @@
 
 import re
 import xml.etree.ElementTree as ET
+from itertools import pairwise
 
 import pytest
 
@@ -12,12 +13,18 @@ from mendel.genome.presets import load, names
 from mendel.search.draw import drawing
 from mendel.search.outline import Outline, outline
 from mendel.search.picture import picture
-from mendel.search.units import bytes_text, count_text, duration_text, value_text
+from mendel.search.units import bytes_text, count_text, duration_text, ratio_text, value_text
 
 SHARING = (
     "{width=64} gqa(kv_heads=2, features=@a) > swiglu(weights=@b) > [mamba2 > swiglu]*3 > "
     "[gqa(kv_heads=2, features=@a) | mamba2] > swiglu(weights=@b)"
 )
+LATE = (
+    "{width=64} [gated-deltanet(weights=@a) | gqa(kv_heads=2, features=@k) | "
+    "mamba2(weights=@m)](join=norm) > swiglu > [gated-deltanet(weights=@a) | "
+    "gqa(kv_heads=2, features=@k) | mamba2(weights=@m)](join=gate)"
+)
+"""Several branches of a slot share."""
 MANY = "{width=64} [mha | mamba2 | gqa(kv_heads=2) | swa(window=128) | retnet] > swiglu"
 LONG = "{width=64} gqa(heads=4, kv_heads=2, window=64, pattern=sliding) > deepseek-moe"
 
@@ -164,6 +171,61 @@ def test_the_svg_keeps_everything_inside() -> None:
         assert max(numbers[1::2]) <= height
 
 
+def test_no_two_rails_run_into_each_other() -> None:
+    drawn = lines(LATE)
+    assert sum("├─" in line or "◂" in line for line in drawn) == 6
+
+
+def test_what_does_not_fit_side_by_side_is_stacked_uncut() -> None:
+    text = "\n".join(
+        lines("{width=64} [mha(conv=4) | gated-deltanet | rg-lru](join=top1) > swiglu", 60)
+    )
+    for word in ("3 branches, top1", "mha(conv=4)", "gated-deltanet", "rg-lru"):
+        assert word in text
+
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def boxes(root: ET.Element) -> list[tuple[float, float, float, float]]:
+    """Left, top, right and bottom of every box."""
+    found = []
+    for rect in root.iter(f"{SVG}rect"):
+        x, y, w, h = (float(rect.attrib[k]) for k in ("x", "y", "width", "height"))
+        found.append((x, y, x + w, y + h))
+    return found
+
+
+@pytest.mark.parametrize("notation", [SHARING, LATE, MANY, LONG])
+def test_the_svg_keeps_words_in_their_boxes(notation: str) -> None:
+    root = ET.fromstring(picture(content(notation), "x"))
+    seen = 0
+    for text in root.iter(f"{SVG}text"):
+        x, y = float(text.attrib["x"]), float(text.attrib["y"])
+        if text.attrib["text-anchor"] != "middle":
+            continue
+        wide = 7.9 * len(text.text or "") / 2
+        left, _, right, _ = next(b for b in boxes(root) if b[0] < x < b[2] and b[1] < y < b[3])
+        assert left <= x - wide
+        assert x + wide <= right
+        seen += 1
+    assert seen > 4
+
+
+@pytest.mark.parametrize("notation", [SHARING, LATE])
+def test_no_rail_of_the_svg_crosses_a_box(notation: str) -> None:
+    root = ET.fromstring(picture(content(notation), "x"))
+    rails = [p for p in root.iter(f"{SVG}path") if p.attrib["class"] in ("features", "weights")]
+    assert len(rails) >= 6
+    for path in rails:
+        numbers = [float(n) for n in re.findall(r"-?\d+\.\d+", path.attrib["d"])]
+        points = list(zip(numbers[0::2], numbers[1::2], strict=True))
+        for (x, y), (to, end) in pairwise(points):
+            for left, top, right, bottom in boxes(root):
+                across = y == end and top < y < bottom and min(x, to) < right and max(x, to) > left
+                assert not across, path.attrib["d"]
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [
@@ -184,6 +246,14 @@ def test_counts(value: float, text: str) -> None:
 )
 def test_bytes(value: float, text: str) -> None:
     assert bytes_text(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0871, "0.0871"), (1.0, "1.00"), (9.678, "9.68"), (99.94, "99.9"), (315.08, "315")],
+)
+def test_ratios(value: float, text: str) -> None:
+    assert ratio_text(value) == text
 
 
 def test_durations_and_values() -> None:

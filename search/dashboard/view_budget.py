@@ -53,7 +53,7 @@ def body(watched: Watched) -> list[Child]:
         facts.append(
             (f"{busy.mean:.0%}", f"of {busy.workers} worker{'' if busy.workers == 1 else 's'} busy")
         )
-        facts.append((duration_text(busy.edges[-1]), "drivers at work"))
+        facts.append((duration_text(busy.edges[-1]), "the search at work"))
     steps = [run.study.steps(r.rung) for r in rungs]
     rows = [
         [
@@ -86,7 +86,7 @@ def body(watched: Watched) -> list[Child]:
         ),
     ]
     if busy is None:
-        parts.append(note("The journal does not say when drivers were at work."))
+        parts.append(note("The journal does not say when the search was at work."))
         return parts
     numbers = [
         [duration_text(busy.edges[i]), f"{share:.0%}"] for i, share in enumerate(busy.shares)

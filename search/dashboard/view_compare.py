@@ -8,9 +8,10 @@ from typing import Any
 from dash import Dash, Input, Output, State, dcc, html
 from dash.exceptions import PreventUpdate
 
+from ...primitives.base import show_gene
 from ..figures import curves_figure
 from ..front import label_text, shown_value
-from ..units import bytes_text, count_text, value_text
+from ..units import bytes_text, count_text, ratio_text, value_text
 from .designs import (
     UNREADABLE,
     Design,
@@ -181,7 +182,7 @@ def _numbers(watched: Watched, designs: Sequence[Design]) -> list[Child]:
 
 
 def _ratio(text: str, value: float, first: float | None, index: int) -> str:
-    return f"{text} (×{value / first:.2f})" if index and first else text
+    return f"{text} (×{ratio_text(value / first)})" if index and first else text
 
 
 def _value(found: Design, label: str) -> float | None:
@@ -217,7 +218,7 @@ def _genomes(designs: Sequence[Design]) -> list[Child]:
     rows: list[list[str]] = []
     roles = []
     for name in ("width", "position", "norm", "placement", "residual", "embedding_norm", "tied"):
-        values = [str(getattr(d.genome, name)) for d in designs]
+        values = [show_gene(getattr(d.genome, name)) for d in designs]
         rows.append([name, *values, "same" if len(set(values)) == 1 else "differs"])
         roles.append("" if len(set(values)) == 1 else "differs")
     for i in range(max(len(c) for c in columns)):

@@ -66,7 +66,7 @@ def make(watch: Watch, watched: Watched, query: Mapping[str, str]) -> list[Child
                     choice("front-third", [{"label": "none", "value": NONE}, *options], third),
                 ),
                 control(
-                    "shown as",
+                    "Shown as",
                     choice(
                         "front-mode",
                         [

@@ -134,13 +134,15 @@ def _body(watched: Watched, label: str, trait: str) -> list[Child]:
     parts.append(html.H2("Parallel coordinates"))
     names = list(TRAITS)
     coordinates = {n: {k: float(row[k]) for k in names} for n, row in rows.items()}
-    drawn = len(coordinates)
+    few = len(coordinates) < MOST_TRIALS
+    lines = (
+        "One line per trial" if few else f"One line for each of {MOST_TRIALS} trials, evenly chosen"
+    )
     parts.append(
         plot(
             "matters-parallel",
             parallel_figure(found, coordinates, names),
-            f"One line per trial, {drawn} trials at most (of more than {MOST_TRIALS} an even "
-            "choice); on an objective's axis better is up. Thick: the front; dashed: baselines.",
+            f"{lines}; on an objective's axis better is up. Thick: the front; dashed: baselines.",
             _coordinates(watched, found, coordinates, names),
         )
     )

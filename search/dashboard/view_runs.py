@@ -178,7 +178,7 @@ def histories(runs: list[Watched], over_time: bool = True) -> html.Div:
             plot(
                 "volume-time",
                 histories_figure(times, "time"),
-                "The same over the time that a driver was at work; pauses are left out.",
+                "The same over the time that the search was at work; pauses are left out.",
                 numbers,
             )
         )
