@@ -243,7 +243,7 @@ class _Search:
         narrow = wish.width is None and nearest.width == self.widths[0] and size > wish.params
         more = f"; narrower than {nearest.width} is a width only where it is pinned"
         return (
-            f"no width and depth{pinned} come within {wish.bound:.0%} of {wish.params:,.0f} "
+            f"no width and depth{pinned} come within {wish.bound:.0%} of {_count(wish.params)} "
             f"{what}; the nearest has {size:,} (width {nearest.width}, "
             f"{self.pattern.depth(nearest.count)} slots){more if narrow else ''}"
         )
@@ -355,6 +355,11 @@ def _warnings(made: Genome, usual: float, wish: Wish) -> list[str]:
             f"{usual:.0f}"
         )
     return found
+
+
+def _count(params: float) -> str:
+    """All digits of a number that could be had; of others those that were given."""
+    return f"{params:,.0f}" if params < 1e15 else f"{params:g}"
 
 
 def _widths(genome: Genome, wish: Wish) -> list[int]:

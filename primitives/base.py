@@ -73,9 +73,9 @@ class Axis:
             return "one of " + ", ".join(show_gene(o) for o in self.options)
         kind = "a whole number" if isinstance(self.default, int) else "a number"
         if self.low is not None and self.high is not None:
-            return f"{kind} from {self.low:g} to {self.high:g}"
+            return f"{kind} from {self.low:.15g} to {self.high:.15g}"
         if self.low is not None:
-            return f"{kind} of at least {self.low:g}"
+            return f"{kind} of at least {self.low:.15g}"
         return kind
 
     def check(self, value: Gene) -> Gene:

@@ -7,12 +7,10 @@ from typing import Annotated
 import typer
 
 from ..genome import presets
-from ..genome.cost import cost
 from ..genome.files import from_dict
 from ..genome.genome import Genome
 from ..genome.notation import show as notation
-from ..primitives.base import DTYPES
-from .describe import check_dtype, counting, describe, stream_text
+from .describe import counting, describe, stream_text
 from .options import WHAT, AsJson, Context, Depth, Dtype, Width, examples
 from .source import Source, find_genome
 from .terminal import Mistake, print_hanging, print_json, print_table, say_wrapped
@@ -41,13 +39,9 @@ def compare(
     """
     if not 2 <= len(what) <= 4:
         raise Mistake(f"compare takes two to four genomes, not {len(what)}")
-    check_dtype(dtype)
     sources, notes = _sources(what, width, depth)
     at = counting(next((s.run for s in sources if s.run), None), context, dtype)
-    counted = [cost(s.genome, at.context, DTYPES[at.dtype]) for s in sources]
-    described = [
-        describe(s.genome, c, at.context, at.dtype) for s, c in zip(sources, counted, strict=True)
-    ]
+    described = [describe(s.genome, at) for s in sources]
     if as_json:
         print_json(
             [
@@ -144,4 +138,4 @@ def _operators(genome: Genome) -> str:
     counts: dict[str, int] = {}
     for _, _, op in genome.ops():
         counts[op.name] = counts.get(op.name, 0) + 1
-    return ", ".join(f"{n} {name}" for name, n in counts.items())
+    return "\n".join(f"{n} {name}" for name, n in counts.items())

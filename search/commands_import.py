@@ -9,14 +9,14 @@ import typer
 from rich.text import Text
 
 from ..genome import imported
-from ..genome.cost import cost
 from ..genome.files import text_of
 from ..genome.imported import Imported
 from ..genome.notation import show as notation
-from ..primitives.base import DTYPES
-from .describe import check_dtype, counting, describe, exact_text, header_text
+from .describe import counting, describe, exact_text, header_text
+from .exports.proof import is_export
 from .new_files import GENOMES, check_new, write_new
-from .options import AsJson, Context, Dtype, examples
+from .options import AsJson, Context, Dtype, NewGenome, examples
+from .source import other_than_genome
 from .study_around import study_around
 from .terminal import Mistake, console, plain, print_hanging, print_json, say, say_wrapped
 
@@ -38,9 +38,7 @@ def import_(
     model: Annotated[
         Path, typer.Argument(help="A config.json of transformers, or the folder that has one.")
     ],
-    out: Annotated[
-        Path | None, typer.Option(help="Write the genome to this new .yaml or .json file.")
-    ] = None,
+    out: NewGenome = None,
     study: Annotated[
         Path | None,
         typer.Option(help="Write a study to this .yaml file: a search around the model in small."),
@@ -54,7 +52,8 @@ def import_(
     Its weights stay where they are. Says what of the model the genome has not;
     a part with parameters or a cache is never left out: it is refused by name.
     """
-    check_dtype(dtype)
+    if is_export(model):
+        raise Mistake(f"{model} is {other_than_genome(model)}")
     found = imported.load(model)
     source = model.resolve().name
     files: dict[Path, str] = {}
@@ -67,17 +66,15 @@ def import_(
             raise Mistake(f"--out and --study both name {study}")
         files[study] = study_around(found.genome, found.family, source, study)
     at = counting(None, context, dtype)
-    counted = cost(found.genome, at.context, DTYPES[at.dtype])
     write_new(files)
     if as_json:
-        described = describe(found.genome, counted, at.context, at.dtype)
         more = {"family": found.family, "differs": found.differs, "unread": found.unread}
-        print_json({**more, **described})
+        print_json({**more, **describe(found.genome, at)})
         return
     screen = console()
     screen.print(Text(plain(f"{found.family} · {header_text(found.genome)}"), style="bold"))
     screen.print(Text(plain(notation(found.genome))), style="dim")
-    screen.print(Text(plain(exact_text(counted.total))))
+    screen.print(Text(plain(exact_text(found.genome, at.cost(found.genome).total))))
     say_wrapped(f"Cache of one sequence of {at.context:,} tokens in {at.dtype}.", "dim")
     lines = [("differs", sentence) for sentence in found.differs]
     if found.unread:

@@ -237,6 +237,8 @@ def _print_models(models: list[published.Published], context: int) -> None:
         right=numbers,
     )
     say_wrapped(
+        "Parameters and active ones (those that a token uses) count embedding and head; published "
+        "figures of active ones often leave the embedding out: --json has it apart. "
         f"Cache of one sequence of {context:,} tokens in {DEFAULT_DTYPE}; FLOPs are those of "
         "decoding, the mean over its positions; attention: how many of the mixers it is.",
         "dim",
@@ -254,6 +256,7 @@ def _print_published(model: published.Published, context: int) -> None:
             "parameters",
             f"{counted['params']:,}, of which a token uses {counted['active_params']:,}",
         ),
+        ("embedding", f"{counted['embedding_params']:,}, counted in both"),
         ("cache", f"{counted['cache_bytes']:,} bytes"),
     ]
     if model.differs:
@@ -263,6 +266,7 @@ def _print_published(model: published.Published, context: int) -> None:
 
 
 def _published_dict(model: published.Published, context: int) -> dict[str, Any]:
+    """As JSON; `params` and `active_params` count the embedding's table, `embedding_params`."""
     genome = model.genome()
     total = cost(genome, context, DTYPES[DEFAULT_DTYPE]).total
     attention, mixers = published.attention_count(genome)
@@ -274,6 +278,7 @@ def _published_dict(model: published.Published, context: int) -> dict[str, Any]:
         "genome": notation(genome),
         "params": total.params,
         "active_params": total.active_params,
+        "embedding_params": genome.vocab * genome.width,
         "cache_bytes": total.state_bytes,
         "flops_per_token": total.flops_per_token,
         "attention": attention,

@@ -9,25 +9,22 @@ import typer
 from rich.text import Text
 
 from ..genome import published
-from ..genome.cost import cost
 from ..genome.notation import show as notation
-from ..primitives.base import DTYPES
-from .describe import check_dtype, counting, describe, exact_text, header_text, print_drawing
+from .describe import counting, describe, exact_text, header_text, print_drawing
 from .front import shown_value
 from .options import WHAT, AsJson, Context, Depth, Dtype, Width, examples
 from .outline import outline
 from .picture import picture
 from .source import Source, find_genome
 from .store import write_text
-from .terminal import Mistake, console, plain, print_json, say_wrapped
+from .terminal import Mistake, console, plain, print_json
 from .training_text import (
     DeviceName,
     Mfu,
     Ratio,
     Tokens,
+    print_training,
     training_dict,
-    training_lines,
-    training_of,
     training_plan,
 )
 
@@ -61,29 +58,25 @@ def show(
     """Draw a genome in the terminal, with its costs per slot and whole, and what training costs."""
     if svg is not None and (svg.suffix != ".svg" or not svg.absolute().parent.is_dir()):
         raise Mistake(f"--svg names a file that ends in .svg, in a folder that exists, not {svg}")
-    check_dtype(dtype)
     plan = training_plan(tokens, ratio, mfu, device)
     found = find_genome(what, width, depth)
     at = counting(found.run, context, dtype)
-    counted = cost(found.genome, at.context, DTYPES[at.dtype])
-    training = training_of(found.genome, at.context, plan)
-    content = outline(found.genome, counted)
+    genome = found.genome
     if svg is not None:
-        write_text(svg, picture(content, notation(found.genome)))
+        write_text(svg, picture(outline(genome, at.cost(genome)), notation(genome)))
     if as_json:
-        described = describe(found.genome, counted, at.context, at.dtype)
-        print_json({**described, "training": training_dict(training, plan)})
+        training = training_dict(genome, at.context, plan)
+        print_json({**describe(genome, at), "training": training})
         return
     screen = console()
-    screen.print(Text(plain(f"{found.name} · {header_text(found.genome)}"), style="bold"))
-    screen.print(Text(plain(notation(found.genome))), style="dim")
+    screen.print(Text(plain(f"{found.name} · {header_text(genome)}"), style="bold"))
+    screen.print(Text(plain(notation(genome))), style="dim")
     if found.trial is not None:
         screen.print(Text(plain(_trial_line(found))))
     if what in published.names():
-        screen.print(Text(plain(exact_text(counted.total))))
-    print_drawing(content, at)
-    for sentence in training_lines(training, plan):
-        say_wrapped(sentence, "dim")
+        screen.print(Text(plain(exact_text(genome, at.cost(genome).total))))
+    print_drawing(genome, at)
+    print_training(genome, at.context, plan)
 
 
 def _trial_line(source: Source) -> str:

@@ -23,6 +23,7 @@ from .report import write_report
 from .source import Source, find_genome
 from .standalone import Plan, claim, train_seed, write_outcome
 from .study import load_study
+from .study_check import missing_device, unreachable
 from .terminal import Mistake, console, print_json, print_table, say
 from .winners import write_winners
 
@@ -110,6 +111,8 @@ def _executor(name: str | None, address: str | None) -> Literal["serial", "ray"]
         raise Mistake(f"--executor is serial or ray, not {name!r}")
     if name == "serial" and address is not None:
         raise Mistake("--address joins a Ray cluster; leave out --executor serial")
+    if address is not None and (why := unreachable(address)) is not None:
+        raise Mistake(f"--address: {why}")
     return "serial" if name == "serial" else "ray" if name == "ray" else None
 
 
@@ -256,15 +259,17 @@ def _recipe(source: Source, lr: str | None) -> TrainConfig:
     try:
         return TrainConfig.model_validate(data)
     except ValidationError as error:
-        raise Mistake(f"--lr: {_first(error)}") from None
+        raise Mistake(f"--{_first(error)}") from None
 
 
 def _first(error: ValidationError) -> str:
     """The first problem that pydantic found, as one line."""
     found = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in found["loc"])
-    words = found["msg"].removeprefix("Value error, ")
-    return f"{where}: {words}" if where else words
+    if found["type"] == "extra_forbidden":
+        return f"there is no setting {where!r}; mendel tasks TASK lists a task's"
+    words = found["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
+    return f"{where}: {words}" if where and not words.startswith(where) else words
 
 
 def _device(name: str) -> str:
@@ -273,4 +278,6 @@ def _device(name: str) -> str:
     )
     if not known:
         raise Mistake(f"--device is auto, cpu, cuda or cuda:N, not {name!r}")
+    if (missing := missing_device(name)) is not None:
+        raise Mistake(f"--device: {missing}")
     return resolve_device(name)

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..genome import presets
-from ..genome.cost import cost
 from ..genome.files import text_of
 from ..genome.header import HEADER
 from ..genome.motif import WHOLE
 from ..genome.notation import show as notation
 from ..genome.scale import BOUND, GROWN, Scaled, scale_preset
 from ..genome.scale import scale as scale_genome
-from ..primitives.base import DTYPES, GeneError
-from .describe import Counting, check_dtype, counting, describe, header_text, print_drawing
+from ..primitives.base import GeneError
+from .describe import Counting, counting, describe, header_text, print_drawing
 from .new_files import GENOMES, check_new, write_new
-from .options import WHAT, AsJson, Context, Dtype, examples
-from .outline import outline
+from .options import WHAT, AsJson, Context, Dtype, NewGenome, examples
 from .source import find_genome
 from .terminal import Mistake, print_json, say, say_wrapped
 from .training_text import (
@@ -29,10 +26,9 @@ from .training_text import (
     Ratio,
     Tokens,
     TrainingPlan,
+    print_training,
     read_size,
     training_dict,
-    training_lines,
-    training_of,
     training_plan,
 )
 from .units import count_text
@@ -85,21 +81,20 @@ def scale(
     ratio: Ratio = None,
     mfu: Mfu = None,
     device: DeviceName = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Write the genome to this new .yaml or .json file.")
-    ] = None,
+    out: NewGenome = None,
     as_json: AsJson = False,
 ) -> None:
     """Take a genome to a size: repeat its motif or stretch its pattern, and set its width."""
     if out is not None:
         check_new(out, GENOMES)
-    check_dtype(dtype)
     plan = training_plan(tokens, ratio, mfu, device)
     wanted = read_size("--params", params)
     alphabet = None if vocab is None else _vocab(vocab)
     source = find_genome(what)
     at = counting(source.run, context, dtype)
     if what in presets.names():
+        if repeat is not None:
+            raise Mistake("--repeat and --stretch are for genomes; a preset's motif is repeated")
         made = scale_preset(
             what, wanted, vocab=alphabet, active=active, aspect=aspect, width=width, depth=depth
         )
@@ -124,9 +119,8 @@ def scale(
     say_wrapped(_reached(made, params, active))
     for line in made.done:
         say_wrapped(f"  {line}")
-    print_drawing(outline(made.genome, cost(made.genome, at.context, DTYPES[at.dtype])), at)
-    for line in training_lines(training_of(made.genome, at.context, plan), plan):
-        say_wrapped(line, "dim")
+    print_drawing(made.genome, at)
+    print_training(made.genome, at.context, plan)
     if out is not None:
         say_wrapped(f"Written to {out}.")
 
@@ -161,14 +155,13 @@ def _reached(made: Scaled, asked: str, active: bool) -> str:
 def _described(
     made: Scaled, wanted: float, active: bool, at: Counting, plan: TrainingPlan
 ) -> dict[str, object]:
-    counted = cost(made.genome, at.context, DTYPES[at.dtype])
     return {
-        **describe(made.genome, counted, at.context, at.dtype),
+        **describe(made.genome, at),
         "asked": wanted,
         "asked_active": active,
         "deviation": made.deviation,
         "aspect": made.aspect,
         "usual_aspect": made.usual_aspect,
         "done": list(made.done),
-        "training": training_dict(training_of(made.genome, at.context, plan), plan),
+        "training": training_dict(made.genome, at.context, plan),
     }

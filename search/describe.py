@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..genome.cost import DEFAULT_CONTEXT, ModelCost
+from ..genome.cost import DEFAULT_CONTEXT, ModelCost, cost
 from ..genome.files import to_dict
 from ..genome.genome import Genome
 from ..genome.hash import canonical_hash
@@ -15,9 +15,9 @@ from ..primitives.base import DTYPES, Cost
 from .draw import drawing
 from .objectives import CacheSettings
 from .options import DEFAULT_DTYPE
-from .outline import Outline
+from .outline import outline
 from .run import RunView
-from .terminal import Mistake, console, say_wrapped, unicode_works
+from .terminal import console, say_wrapped, unicode_works
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,8 @@ class Counting:
     dtype: str
     reason: str = ""
 
-
-def check_dtype(name: str | None) -> None:
-    """Raises Mistake for a name that is no dtype."""
-    if name is not None and name not in DTYPES:
-        raise Mistake(f"--dtype is one of {', '.join(DTYPES)}, not {name!r}")
+    def cost(self, genome: Genome) -> ModelCost:
+        return cost(genome, self.context, DTYPES[self.dtype])
 
 
 def counting(run: RunView | None, context: int | None, dtype: str | None) -> Counting:
@@ -54,16 +51,16 @@ def _costs(costs: Cost) -> dict[str, Any]:
     }
 
 
-def describe(genome: Genome, counted: ModelCost, context: int, dtype: str) -> dict[str, Any]:
+def describe(genome: Genome, at: Counting) -> dict[str, Any]:
     """What `show --json` prints; its keys are fixed."""
-    written = to_dict(genome)
+    written, counted = to_dict(genome), at.cost(genome)
     return {
         "genome": written,
         "notation": notation(genome),
         "hash": canonical_hash(genome),
         **_costs(counted.total),
-        "context": context,
-        "dtype": dtype,
+        "context": at.context,
+        "dtype": at.dtype,
         "slots": [
             {"slot": i, **slot, **_costs(part)}
             for i, (slot, part) in enumerate(zip(written["slots"], counted.slots, strict=True))
@@ -93,19 +90,20 @@ def header_text(genome: Genome) -> str:
     return " · ".join(parts)
 
 
-def exact_text(total: Cost) -> str:
+def exact_text(genome: Genome, total: Cost) -> str:
     """What is compared with a published model's own figures, to the last digit."""
     words = [
         f"{total.params:,} parameters",
         f"{total.active_params:,} active",
+        f"embedding {genome.vocab * genome.width:,} in both",
         f"cache {total.state_bytes:,} bytes",
     ]
     return " · ".join(words)
 
 
-def print_drawing(content: Outline, at: Counting) -> None:
+def print_drawing(genome: Genome, at: Counting) -> None:
     """The drawing of a genome to stdout, and under it what its numbers mean."""
-    screen = console()
+    content, screen = outline(genome, at.cost(genome)), console()
     screen.print()
     for line in drawing(content, screen.width, unicode_works()):
         screen.print(line, soft_wrap=True)

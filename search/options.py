@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,8 +10,18 @@ from rich.markup import escape
 
 from ..genome.cost import DEFAULT_CONTEXT
 from ..primitives.base import DTYPES
+from .terminal import Mistake
 
 DEFAULT_DTYPE = "bf16"
+
+
+def _known(dtype: str | None) -> str | None:
+    """Raises Mistake for a name that is no dtype."""
+    if dtype is not None and dtype not in DTYPES:
+        raise Mistake(f"--dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
+    return dtype
+
+
 WHAT = "A notation, a genome file (.yaml, .json), a preset, RUN:TRIAL, or a folder of mendel train."
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Context = Annotated[
@@ -24,11 +35,15 @@ Context = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(
+        callback=_known,
         help=f"Type of the cached numbers: {', '.join(DTYPES)}; "
-        f"{DEFAULT_DTYPE}, or for RUN:TRIAL what its study counts."
+        f"{DEFAULT_DTYPE}, or for RUN:TRIAL what its study counts.",
     ),
 ]
 Width = Annotated[int | None, typer.Option(min=1, help="Width of a preset or a notation.")]
+NewGenome = Annotated[
+    Path | None, typer.Option(help="Write the genome to this new .yaml or .json file.")
+]
 Depth = Annotated[int | None, typer.Option(min=1, help="Slots of a preset.")]
 
 

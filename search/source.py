@@ -26,6 +26,9 @@ RUNS = Path("runs")
 PLAN = "plan.json"
 """In the folder of `mendel train`: what is trained there."""
 
+GENOME = "genome.yaml"
+"""In the folder of an export."""
+
 _TRIAL = re.compile(r"(?P<run>.+):(?P<trial>\d+)")
 _STAR = re.compile(r"\s*[\d.]{5,}(\s*-\s*[\d.]{5,})*\s*")
 _SUFFIXES = (".yaml", ".yml", ".json")
@@ -95,6 +98,8 @@ def _find(text: str, width: int | None, depth: int | None) -> Source:
     if text in published.names():
         _no_scale(text, "a published model", width, depth)
         return Source(text, text, published.load(text))
+    if os.path.exists(path) and text not in names():
+        raise Mistake(f"{text} is {other_than_genome(path)}")
     if _is_word(text) and text not in names():
         sentence = f"no preset, primitive, file or trial is named {text!r}"
         known = [*presets.names(), *published.names(), *names()]
@@ -111,6 +116,14 @@ def _planned(path: Path) -> Genome:
         return from_dict(read_json(path).get("genome"))
     except (OSError, ValueError) as error:
         raise Mistake(f"{path}: {error}") from None
+
+
+def other_than_genome(path: Path) -> str:
+    """What a path is that is no genome, and where there is one."""
+    if (path / GENOME).is_file():
+        return f"an export of mendel; its genome is {path / GENOME}"
+    what = "a folder" if path.is_dir() else "a file"
+    return f"{what} and no genome; genomes are files that end in {', '.join(_SUFFIXES)}"
 
 
 def _is_word(text: str) -> bool:

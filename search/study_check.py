@@ -4,6 +4,7 @@ well, and nothing is created."""
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import torch
@@ -12,6 +13,9 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from .worker import find
+
+SECONDS = 5
+"""For which an answer is waited."""
 
 
 def unwritable(folder: Path) -> str | None:
@@ -45,6 +49,20 @@ def missing_device(name: str) -> str | None:
     if int(name.partition(":")[2] or 0) >= count:
         there = ", ".join(f"cuda:{n}" for n in range(count))
         return f"there is no {name}; there are auto, cpu, cuda, {there}"
+    return None
+
+
+def unreachable(address: str) -> str | None:
+    """Why there is no Ray cluster at an address; Ray itself would try on and on."""
+    if address in ("auto", "local"):
+        return None
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isascii() and port.isdigit()):
+        return f"{address!r} is no address; it is auto, HOST:PORT or ray://HOST:PORT"
+    try:
+        socket.create_connection((host, int(port)), timeout=SECONDS).close()
+    except (OSError, OverflowError) as error:
+        return f"nobody answers at {address}: {getattr(error, 'strerror', None) or error}"
     return None
 
 

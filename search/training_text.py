@@ -12,7 +12,7 @@ from ..genome.devices import COMMON, DEVICES, Device, find_device
 from ..genome.genome import Genome
 from ..genome.quantity import read_count
 from ..genome.training_cost import RATIO, UTILISATION, TrainingCost, training_cost
-from .terminal import Mistake
+from .terminal import Mistake, say_wrapped
 from .units import count_text, duration_text
 
 Tokens = Annotated[
@@ -41,6 +41,10 @@ class TrainingPlan:
     utilisation: float
     devices: tuple[Device, ...]
     """Those that are named in the terminal."""
+
+    def cost(self, genome: Genome, context: int) -> TrainingCost:
+        """What it costs for a genome, at sequences of `context` tokens."""
+        return training_cost(genome, context, tokens=self.tokens, ratio=self.ratio)
 
 
 def read_size(option: str, text: str) -> float:
@@ -72,13 +76,9 @@ def training_plan(
     )
 
 
-def training_of(genome: Genome, context: int, plan: TrainingPlan) -> TrainingCost:
-    """The cost of the plan for a genome, at sequences of `context` tokens."""
-    return training_cost(genome, context, tokens=plan.tokens, ratio=plan.ratio)
-
-
-def training_dict(counted: TrainingCost, plan: TrainingPlan) -> dict[str, Any]:
+def training_dict(genome: Genome, context: int, plan: TrainingPlan) -> dict[str, Any]:
     """What --json prints under `training`; its keys are fixed."""
+    counted = plan.cost(genome, context)
     return {
         "tokens": counted.tokens,
         "tokens_per_active_param": counted.ratio,
@@ -102,8 +102,14 @@ def training_dict(counted: TrainingCost, plan: TrainingPlan) -> dict[str, Any]:
     }
 
 
+def print_training(genome: Genome, context: int, plan: TrainingPlan) -> None:
+    """Three sentences to stdout."""
+    for line in training_lines(plan.cost(genome, context), plan):
+        say_wrapped(line, "dim")
+
+
 def training_lines(counted: TrainingCost, plan: TrainingPlan) -> list[str]:
-    """Three sentences for the terminal."""
+    """The three sentences."""
     times = " · ".join(
         f"{device.name} {_time_text(counted.seconds(device, plan.utilisation))}"
         for device in plan.devices

@@ -236,6 +236,11 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "study is a folder": (["search", "."], ["."]),
     "executor": (["search", "s.yaml", "--executor", "dask"], ["--executor", "serial", "dask"]),
     "set": (["search", "s.yaml", "--set", "search.seed"], ["--set", "key=value"]),
+    "address of nobody": (
+        ["search", "s.yaml", "--address", "127.0.0.1:1"],
+        ["--address: nobody answers at 127.0.0.1:1", "refused"],
+    ),
+    "address": (["search", "s.yaml", "--address", "head"], ["'head' is no address", "HOST:PORT"]),
     "workers": (["search", "s.yaml", "--workers", "0"], ["--workers", "1"]),
     "notation": (["show", "[mha > swiglu"], ["column 14", "']'"]),
     "notation axis": (["show", "mha(headz=2)"], ["column 5", "headz", "heads"]),
@@ -248,6 +253,8 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "empty": (["show", ""], ["empty"]),
     "no file": (["show", "none.yaml"], ["none.yaml"]),
+    "a folder": (["show", "/proc"], ["/proc is a folder and no genome", ".yaml"]),
+    "a file that is none": (["show", "/proc/version"], ["/proc/version is a file and no genome"]),
     "no run": (["show", "none:3"], ["none"]),
     "dtype": (["show", "mha", "--dtype", "int8"], ["--dtype", "bf16", "int8"]),
     "context": (["show", "mha", "--context", "0"], ["--context"]),
@@ -282,15 +289,23 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "train lr": (
         ["train", "mamba2", "--proxy", "byte-text", "--out", "x", "--lr", "-1"],
-        ["--lr", "above 0"],
+        ["mendel: --lr is a number above 0"],
     ),
     "train setting": (
         ["train", "mamba2", "--proxy", "byte-text", "--out", "x", "--set", "lenght=4"],
-        ["lenght"],
+        ["--set: there is no setting 'lenght'; mendel tasks"],
+    ),
+    "train setting's value": (
+        ["train", "mamba2", "--proxy", "in-context-recall", "--out", "x", "--set", "length=1"],
+        ["--set: length: it should be greater than or equal to 4"],
     ),
     "train device": (
         ["train", "mamba2", "--proxy", "byte-text", "--out", "x", "--device", "tpu"],
         ["--device", "tpu", "cpu"],
+    ),
+    "train without the device": (
+        ["train", "mamba2", "--proxy", "byte-text", "--out", "x", "--device", "cuda:99"],
+        ["--device: ", "cuda:99", "auto, cpu"],
     ),
     "init name": (["init", "study.txt"], ["study.txt", ".yaml"]),
     "init folder": (["init", "no/study.yaml"], ["no"]),

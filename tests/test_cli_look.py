@@ -150,6 +150,9 @@ def test_published_models_are_listed_and_shown(call: Call) -> None:
     out = call("presets")[1]
     row = next(line for line in out.splitlines() if line.startswith("jamba-v0.1"))
     assert row.split()[1:3] == ["51.6G", "12.1G"]
+    assert "count embedding and head" in " ".join(out.split())
+    assert jamba["embedding_params"] == 65_536 * 4_096
+    assert "embedding 268,435,456 in both" in " ".join(call("show", "jamba-v0.1")[1].split())
     out = call("show", "rwkv7-0.1b")[1]
     assert "layernorm (pre, embedding)" in out
     assert "embedding 65536 × 768 · layernorm" in out

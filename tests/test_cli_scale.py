@@ -59,11 +59,15 @@ def test_scale_takes_presets_published_models_and_options(call: Call) -> None:
     [
         (["--params", "big"], "--params is a number of at least 0"),
         (["--params", "0"], "--params is at least 1, not '0'"),
+        (["--params", "1e30"], "no width and depth come within 5% of 1e+30 parameters"),
         (["--params", "1"], "no width and depth come within 5% of 1 parameters"),
         (["--params", "1B", "--width", "1000"], "no heads that divide a width of 1000"),
         (["--params", "1B", "--depth", "9"], "gives no depth of 9 slots; nearest: 8 or 10"),
         (["--params", "1B", "--depth", "8", "--width", "64"], "pin one of them"),
-        (["--params", "1B", "--vocab", "1"], "--vocab: vocab is a whole number from 2"),
+        (
+            ["--params", "1B", "--vocab", "1"],
+            "vocab is a whole number from 2 to 16777216, not",
+        ),
         (["--params", "1B", "--vocab", "50257.5"], "--vocab is a whole number, not '50257.5'"),
         (["--params", "1B", "--out", "a.txt"], "a.txt: the file's name ends in .yaml, .yml, .json"),
         (["--params", "1B", "--out", "gone/a.yaml"], "gone is no folder"),
@@ -80,6 +84,12 @@ def test_a_size_that_cannot_be_had_is_one_line(
     assert len(err.strip().splitlines()) == 1
     assert words in err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_preset_is_repeated_anyway(call: Call) -> None:
+    code, out, err = call("scale", "mamba2", "--params", "350M", "--stretch")
+    assert (code, out) == (2, "")
+    assert "a preset's motif is repeated" in err
 
 
 def test_scale_writes_over_no_file(call: Call, tmp_path: Path) -> None:

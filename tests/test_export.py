@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import caller
 from runs import made_run
 
 from mendel.genome.cost import cost
@@ -152,3 +153,15 @@ def test_winners_follow_the_front(run: RunView) -> None:
     assert {p.name for p in written} == own
     assert {p.name for p in (run.folder / "winners").iterdir()} == own
     assert write_winners(run, found) == written
+
+
+def test_an_export_is_no_genome_but_has_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = caller(tmp_path, monkeypatch, capsys)
+    assert call("export", "mamba2", "--format", "flame", "--out", "mine")[0] == 0
+    for command in ("show", "import"):
+        code, out, err = call(command, "mine")
+        assert (code, out) == (2, "")
+        assert err == "mendel: mine is an export of mendel; its genome is mine/genome.yaml\n"
+    assert call("show", "mine/genome.yaml")[0] == 0

@@ -14,7 +14,7 @@ from ..terminal import Mistake
 from .facts import provenance
 from .formats import DEFAULT, FORMATS
 from .order import Order
-from .proof import PROVENANCE, differences, read_facts, seal
+from .proof import PROVENANCE, differences, is_export, read_facts, seal
 
 
 def export(order: Order, out: Path, to: str = DEFAULT, *, force: bool = False) -> Path:
@@ -61,12 +61,6 @@ def _require_free(out: Path, force: bool) -> None:
         raise Mistake(f"{out} exists already and is not empty; take another folder or --force")
     if not is_export(out):
         raise Mistake(f"{out} exists and is no exported design; --force replaces only those")
-
-
-def is_export(folder: Path) -> bool:
-    """Whether a folder was written by `export`."""
-    facts = read_facts(folder)
-    return "mendel" in facts and isinstance(facts.get("files"), dict)
 
 
 def check(order: Order, folder: Path) -> None:

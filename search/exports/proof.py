@@ -57,6 +57,12 @@ def read_facts(folder: Path) -> dict[str, Any]:
         return {}
 
 
+def is_export(folder: Path) -> bool:
+    """Whether a folder was written by `export`."""
+    facts = read_facts(folder)
+    return "mendel" in facts and isinstance(facts.get("files"), dict)
+
+
 def differences(folder: Path, facts: Mapping[str, Any]) -> list[str]:
     """What is not as provenance.json has it, a sentence each."""
     found = []

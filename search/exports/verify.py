@@ -22,9 +22,8 @@ from ...genome.notation import NotationError, parse
 from ..terminal import Mistake, clean
 from .drift import Failed, Skipped, differs, writer
 from .facts import costs
-from .folder import is_export
 from .formats import FORMATS
-from .proof import PROVENANCE, differences, read_facts
+from .proof import PROVENANCE, differences, is_export, read_facts
 
 
 @dataclass(frozen=True)
