@@ -43,7 +43,7 @@ IN_CODE = {
 """Defaults that stand in the code of some classes. What follows from them is compared below."""
 
 
-BASES = {"falcon-h1-0.5b": 1e11, "qwen3-next-80b-a3b": 1e7}
+BASES = {"falcon-h1-0.5b": 1e11, "falcon-h1-7b": 1e11, "qwen3-next-80b-a3b": 1e7}
 """Of RoPE, where the reference, which is there to be counted, has the class' default."""
 
 
