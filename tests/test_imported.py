@@ -87,6 +87,23 @@ def test_parameters_are_those_of_the_class_at_its_default_size(family: str) -> N
         assert found.unread == again.unread == ()
 
 
+@pytest.mark.parametrize("family", [name for name in OWN if _class(name).attribute_map])
+def test_other_names_of_fields_are_those_of_the_class(family: str) -> None:
+    bare = {"model_type": family, **SIZES.get(family, {})}
+    defaults = FAMILIES[family].defaults
+    for other, name in _class(family).attribute_map.items():
+        one, two = (
+            key if key in defaults else FAMILIES[family].aliases.get(key, key)
+            for key in (other, name)
+        )
+        assert one == two or not {one, two} & set(defaults), (other, name)
+        value = defaults.get(one)
+        if isinstance(value, int) and not isinstance(value, bool):
+            read = [imported.read({**bare, key: value * 2}) for key in (other, name)]
+            assert read[0] == read[1]
+            assert read[0].unread == ()
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_published_models_are_their_genomes(name: str) -> None:
     found = imported.read(CONFIGS[name])
@@ -191,6 +208,11 @@ def test_nonsense_there_too(name: str) -> None:
         ({"model_type": "lfm2", "conv_bias": True}, "conv_bias is true: no axis"),
         ({"num_hidden_layers": 600}, "num_hidden_layers=600: a genome has at most 512 slots"),
         ({"model_type": "nemotron_h", "tie_word_embeddings": True}, "has a head of its own"),
+        (
+            {"model_type": "jamba", "mamba_inner_layernorms": False},
+            "a genome's Jamba norms the step",
+        ),
+        ({"model_type": "phi3", "attention_bias": True}, "the library's Phi-3 has none"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5: the library's class turns"),
         (
             {"model_type": "bamba", "partial_rotary_factor": 0.25},
@@ -233,6 +255,8 @@ def test_of_a_model_that_also_sees_the_language_model_is_read() -> None:
     found = imported.read({"model_type": "gemma3", "text_config": text, "vision_config": {}})
     assert found.genome == imported.read(text).genome
     assert found.differs[-1] == "gemma3's parts beside its language model"
+    untied = {"model_type": "gemma3", "text_config": text, "tie_word_embeddings": False}
+    assert not imported.read(untied).genome.tied
 
 
 def test_what_kimis_router_and_positions_are_is_not_passed_over() -> None:

@@ -94,6 +94,10 @@ def read(values: Any) -> Imported:
     text = values.get("text_config")
     inner = text.get("model_type") if isinstance(text, Mapping) else None
     if kind not in FAMILIES and isinstance(inner, str) and inner in FAMILIES:
+        text = dict(text)
+        if "tie_word_embeddings" in values:
+            # The outer flag decides for the whole model.
+            text["tie_word_embeddings"] = values["tie_word_embeddings"]
         found = read(text)
         return replace(found, differs=(*found.differs, f"{kind}'s parts beside its language model"))
     if kind not in FAMILIES:

@@ -93,6 +93,7 @@ def qwen_windows(f: Fields) -> bool:
 def phi3(f: Fields) -> Genome:
     """Its fused projections are the genome's too."""
     f.known("original_max_position_embeddings")
+    f.never("attention_bias", why="the library's Phi-3 has none, whatever it says")
     mixer = attention(f, **window(f), **rope(f, partial=True))
     return f.genome(stack([mixer] * layer_count(f), mlp(f)))
 
@@ -153,6 +154,8 @@ def gemma3(f: Fields) -> Genome:
 
 def _sandwich(f: Fields, kinds: list[str], genes: Mapping[str, Mapping[str, Gene]]) -> Genome:
     """The layers of Gemma 2 and 3: `genes` of a layer's kind, all slots between two norms."""
+    # Files have a second name, which the library does not read.
+    f.known("hidden_act")
     f.never("use_bidirectional_attention", why=LATER)
     f.neutral("final_logit_softcapping", None, what="a cap on logits")
     f.neutral("query_pre_attn_scalar", heads_of(f)[2], what="a factor of its own on scores")

@@ -293,7 +293,8 @@ def llama4(f: Fields) -> Genome:
 
 
 @family(
-    "GptOssConfig", {"num_experts": "num_local_experts"},
+    "GptOssConfig",
+    {"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"},
     vocab_size=201088, hidden_size=2880, intermediate_size=2880, num_hidden_layers=36,
     num_local_experts=128, head_dim=64, num_attention_heads=64, num_key_value_heads=8,
     sliding_window=128, rms_norm_eps=1e-5, rope_theta=150000.0, num_experts_per_tok=4,

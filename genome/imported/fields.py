@@ -23,19 +23,20 @@ class ConfigurationError(ValueError):
 SILENT = frozenset(
     {
         "_attn_implementation", "_name_or_path", "add_cross_attention", "architectures",
-        "attention_dropout", "auto_map", "bos_token_id", "chunk_size",
-        "chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id",
-        "dtype", "embd_pdrop", "eos_token_id", "ep_size", "final_w_init_variance_scale",
-        "hidden_dropout", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder",
+        "attention_dropout", "auto_map", "bos_token_id", "cache_implementation",
+        "calc_logits_for_entire_prompt", "chunk_size", "chunk_size_feed_forward",
+        "cross_attention_hidden_size", "decoder_start_token_id", "dtype", "embd_pdrop",
+        "eos_token_id", "ep_size", "final_w_init_variance_scale", "hidden_dropout", "id2label",
+        "init_method", "initializer_range", "is_decoder", "is_encoder_decoder",
         "keys_to_ignore_at_inference", "label2id", "language", "mamba_chunk_size",
-        "mamba_ssm_cache_dtype", "max_position_embeddings", "max_window_layers",
-        "model_max_length", "model_type", "num_logits_to_keep", "output_attentions",
-        "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp",
-        "problem_type", "quantization_config", "rescale_prenorm_residual", "resid_pdrop",
-        "residual_in_fp32", "return_dict", "router_aux_loss_coef", "router_jitter_noise",
-        "sep_token_id", "seq_aux", "tokenizer_class", "torch_dtype", "torchscript",
-        "transformers_version", "use_associative_scan", "use_bfloat16", "use_cache",
-        "use_mamba_kernels", "use_mambapy", "use_return_dict", "w_init_variance_scale",
+        "mamba_ssm_cache_dtype", "max_position_embeddings", "max_window_layers", "model_max_length",
+        "model_type", "num_logits_to_keep", "output_attentions", "output_hidden_states",
+        "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type",
+        "quantization_config", "rescale_prenorm_residual", "resid_pdrop", "residual_in_fp32",
+        "return_dict", "router_aux_loss_coef", "router_jitter_noise", "sep_token_id", "seq_aux",
+        "tokenizer_class", "torch_dtype", "torchscript", "transformers_version",
+        "use_associative_scan", "use_bfloat16", "use_cache", "use_mamba_kernels", "use_mambapy",
+        "use_return_dict", "w_init_variance_scale",
     }
 )  # fmt: skip
 """Fields about training, storing and serving: they decide nothing about the model's function."""

@@ -40,6 +40,8 @@ def jamba(f: Fields) -> Genome:
     """No positions."""
     _mamba_parts(f)
     f.never("sliding_window", why="the library's Jamba takes no window")
+    f.same("mamba_inner_layernorms", True, "a genome's Jamba norms the step sizes, B and C")
+    f.known("n_ctx")
     mamba = op(
         "jamba-mamba",
         state=f.whole("mamba_d_state"),

@@ -37,6 +37,8 @@ def recurrent_gemma(f: Fields) -> Genome:
     f.neutral(
         "hidden_activation", "gelu_pytorch_tanh", what="the activation of the recurrent branch"
     )
+    # As Gemma's factor it can stand in the table.
+    f.known("embeddings_scale_by_sqrt_dim")
     width, heads = f.whole("hidden_size"), f.whole("num_attention_heads")
     inner, both = f.optional("lru_width") or width, f.whole("intermediate_size")
     if inner % heads:
