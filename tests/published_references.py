@@ -45,6 +45,7 @@ GRANITE: dict[str, Any] = {
 FALCON: dict[str, Any] = {"head_dim": 64}
 """An attribute that the class reads and does not declare."""
 REFERENCES: dict[str, Any] = {
+    "llama-4-scout": lambda: transformers.Llama4TextConfig(),
     "olmoe-1b-7b": lambda: transformers.OlmoeConfig(intermediate_size=1024),
     "lfm2-350m": lambda: transformers.Lfm2Config(
         **LFM2, hidden_size=1024, num_attention_heads=16, intermediate_size=6656
