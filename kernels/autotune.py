@@ -12,21 +12,21 @@ several times. Nothing is timed for tensors that are not on a CUDA device, so in
 interpreter, nor while a CUDA graph is captured. `MENDEL_TUNING_PIN`, or `use_tuning(pins=...)`,
 fixes kernels by name whatever the mode: `MENDEL_TUNING_PIN="step=16/4/1,matrix_state.states=..."`.
 
-Choices are JSON, a file per device, in `MENDEL_TUNING_FOLDER`, else `mendel/tuning` in the user's
-cache folder (XDG). A choice holds for one kernel and its source, the sizes rounded up to powers of
-two, widths and flags exactly, the dtype, the device with its capability, and the versions of
-Triton and torch: another of any of these is another case.
+Choices are JSON, a folder per device and a file per case, in `MENDEL_TUNING_FOLDER`, else
+`mendel/tuning` in the user's cache folder (XDG). A choice holds for one kernel and its source, the
+sizes rounded up to powers of two, widths and flags exactly, the dtypes of all tensors, the device
+with its capability, and the versions of Triton and torch: another of any of these is another case.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import re
 import statistics
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -42,7 +42,7 @@ from torch import Tensor
 R = TypeVar("R")
 
 Mode = Literal["off", "stored", "on"]
-FORMAT = 1
+FORMAT = 2
 """Of the files; one of another format is not read."""
 REPEATS = 9
 """Of one configuration; the median counts. The first call, which compiles, is apart."""
@@ -104,7 +104,15 @@ class _State:
 
 
 _state: _State | None = None
-_lock = threading.RLock()
+
+
+def kinds(*given: object) -> tuple[str, ...]:
+    """The dtypes of what tensors a kernel is given, for `tuned`; of one that is absent, none."""
+    return tuple(
+        str(t.dtype)[6:] if isinstance(t, Tensor) else "none"
+        for t in given
+        if t is None or isinstance(t, Tensor)
+    )
 
 
 def read_mode(text: str) -> Mode:
@@ -185,8 +193,9 @@ def tuned(
     """`call` with the constants of the configuration that is chosen for the case.
 
     `on` has the device and the dtype of the case, `limits` are the sides that cover whole widths,
-    `sizes` what only decides how much work there is, `exact` everything else. `call` is repeated
-    where it is timed: tensors that it reads and writes are `rewritten`, and are put back.
+    `sizes` what only decides how much work there is, `exact` everything else, the `kinds` of the
+    other tensors too. `call` is repeated where it is timed: tensors that it reads and writes are
+    `rewritten`, and are put back.
     """
     from .launches import CHOICES
 
@@ -330,61 +339,49 @@ def folder() -> Path:
     return (Path(cache) if cache else Path.home() / ".cache") / "mendel" / "tuning"
 
 
-def file_of(device: torch.device) -> Path:
-    return folder() / (re.sub(r"[^A-Za-z0-9]+", "-", device_name(device)).lower() + ".json")
+def file_of(device: torch.device, key: str) -> Path:
+    """A file per case, so that no process overwrites what another one has timed."""
+    kind = re.sub(r"[^A-Za-z0-9]+", "-", device_name(device)).lower()
+    return folder() / kind / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
 def stored(device: torch.device, key: str, configs: tuple[Config, ...]) -> Config | None:
     """The choice that was kept for the case, if it still is one of the kernel's configurations."""
-    row = _read(file_of(device)).get(key)
-    if row is None:
+    path = file_of(device, key)
+    try:
+        record = json.loads(path.read_text())
+        if record["format"] != FORMAT or record["key"] != key:
+            return None
+        config = Config.parse(record["config"])
+    except FileNotFoundError:
         return None
-    config = Config.parse(row["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _warn_once(path, f"it is not read: {type(error).__name__}: {error}")
+        return None
     return config if config in configs else None
 
 
 def store(device: torch.device, key: str, took: dict[Config, float]) -> None:
-    """Keep the fastest beside what was kept before. Where nothing can be written, nothing is."""
+    """Keep the fastest. Where nothing can be written, nothing is."""
     best = min(took, key=lambda config: took[config])
-    path = file_of(device)
-    with _lock:
-        row = {"config": str(best), "ms": {str(c): 1000 * s for c, s in took.items()}}
-        choices = {**_read(path), key: row}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".new")
-            with os.fdopen(handle, "w") as file:
-                json.dump({"format": FORMAT, "choices": choices}, file, indent=1)
-            os.replace(name, path)
-        except OSError as error:
-            _warn_once(path, f"the choice is not kept: {error}")
+    path = file_of(device, key)
+    record = {
+        "format": FORMAT,
+        "key": key,
+        "config": str(best),
+        "ms": {str(config): 1000 * seconds for config, seconds in took.items()},
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".new")
+        with os.fdopen(handle, "w") as file:
+            json.dump(record, file, indent=1)
+        os.replace(name, path)
+    except OSError as error:
+        _warn_once(path.parent, f"the choice is not kept: {error}")
 
 
-_read_files: dict[Path, tuple[tuple[int, int], dict[str, Any]]] = {}
 _warned: set[Path] = set()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The choices of a file; none where it is missing or damaged."""
-    with _lock:
-        try:
-            status = path.stat()
-        except OSError:
-            return {}
-        stamp = (status.st_mtime_ns, status.st_size)
-        if path in _read_files and _read_files[path][0] == stamp:
-            return _read_files[path][1]
-        choices: dict[str, Any] = {}
-        try:
-            record = json.loads(path.read_text())
-            if record["format"] == FORMAT:
-                for row in record["choices"].values():
-                    Config.parse(row["config"])
-                choices = record["choices"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            _warn_once(path, f"it is not read: {type(error).__name__}: {error}")
-        _read_files[path] = (stamp, choices)
-        return choices
 
 
 def _warn_once(path: Path, what: str) -> None:

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from importlib import import_module
 
 import torch
 
@@ -152,9 +153,15 @@ def measured_ceilings(device: str, dtypes: tuple[torch.dtype, ...]) -> dict[str,
         torch.backends.cuda.matmul.allow_tf32 = allowed
     if device == "cuda":
         about = torch.cuda.get_device_properties()
-        if hasattr(about, "clock_rate"):  # in kHz, the highest
-            found["exps_per_s"] = 16.0 * about.multi_processor_count * 1000 * about.clock_rate
+        found["exps_per_s"] = 16.0 * about.multi_processor_count * highest_clock()
     return found
+
+
+def highest_clock() -> float:
+    """Of the current GPU's multiprocessors, in Hz; torch's properties lost it with CUDA 13."""
+    driver = import_module("triton.runtime").driver.active
+    properties = driver.utils.get_device_properties(torch.cuda.current_device())
+    return 1000.0 * float(properties["sm_clock_rate"])
 
 
 def stated_ceilings(device_name: str) -> dict[str, float] | None:

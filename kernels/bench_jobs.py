@@ -70,7 +70,7 @@ def jobs(device: str) -> Iterator[Job]:
     """All jobs, the most important first.
 
     The main shape in the device's first dtype, with the peers that need no compiler; decoding;
-    longer shapes; what torch compiles, for long, before a time; the main shape in other dtypes.
+    longer shapes; the main shape in other dtypes; what torch compiles, for long, before a time.
     """
     sizes, main = SIZES[device], MAIN[device]
     first, *others = DTYPES[device]
@@ -100,10 +100,11 @@ def jobs(device: str) -> Iterator[Job]:
                 yield Job(case(op, form, shape, first), own)
         at = case("attention", None, shape, first)
         yield from (Job(at, p.name, peer=True) for p in peers(at, device) if not p.compiles)
-    yield from compiled
     for dtype in others:
         for op, form in FORMS:
             yield from (Job(case(op, form, main, dtype), b) for b in _backends(op, form, device))
+    # FlexAttention, of one product, before whole operators.
+    yield from sorted(compiled, key=lambda job: job.case.op != "attention")
 
 
 def _backends(op: str, form: str | None, device: str) -> tuple[str, ...]:

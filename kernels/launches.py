@@ -1,9 +1,11 @@
 """The configurations of every Triton kernel, the default first, and why they are worth a try.
 
-No default was measured: they are the sizes that fit sm_80, sm_90 and sm_100 with room to spare.
-What a list holds beside its default answers a question that only a device can. Lists are short
-because each entry is one more compilation of the kernel for every case that is tuned; none varies
-the chunk, on which the kernels of an operator must agree.
+No default was timed. They fit sm_80, sm_90 and sm_100, and in bfloat16 at K = V = 128 the code for
+sm_90 keeps everything in registers and leaves two warps or more to every scheduler: a test reads
+both off the machine code, and `benchmarks/README.md` has the table. What a list holds beside its
+default answers a question that only a device can. Lists are short because each entry is one more
+compilation of the kernel for every case that is tuned; none varies the chunk, on which the kernels
+of an operator must agree.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ ACROSS = (
 )
 """Walks over the chunks with a tile of the state in registers."""
 
-CHUNK = (
+OUTPUTS = (
     Config((64, 64), 4, 2),
-    # Half the registers per thread, where the (C, C) scores and a tile spill.
+    # More warps that wait for memory at once.
     Config((64, 64), 8, 2),
     # Less shared memory, so more programs on a multiprocessor.
     Config((32, 32), 4, 2),
@@ -36,6 +38,16 @@ CHUNK = (
     Config((128, 64), 8, 1),
 )
 """Chunks on their own: scores of (C, C), then loops over tiles of keys and values."""
+
+GRADIENTS = (
+    # With four warps the (C, C) scores, their gradients and a tile of each side spill.
+    Config((64, 64), 8, 2),
+    Config((64, 64), 8, 1),
+    # Fewer registers and longer loops; four warps in two programs, or eight in one.
+    Config((32, 64), 8, 2),
+    Config((32, 32), 4, 2),
+)
+"""The gradients of chunks: two times (C, C), then loops over both sides."""
 
 WHOLE_ROWS = (
     Config((32,), 4, 1),
@@ -58,11 +70,14 @@ SOLVE = (
 """Triangular systems: log2(C) products, one after the other, then loops over the sides."""
 
 HALVES = (
-    Config((32, 64), 4, 1),
+    # Every level has exponentials of its own alive: wider tiles of keys or fewer warps spill ...
+    Config((16, 64), 8, 1),
+    # ... in the gradient kernels, but take half as many turns.
     Config((32, 64), 8, 1),
-    # Fewer exponentials alive at once, for less shared memory.
+    # Less shared memory.
+    Config((16, 32), 8, 1),
+    # Two programs where there was one: they wait apart from each other.
     Config((16, 32), 4, 1),
-    Config((32, 32), 4, 1),
 )
 """Products with a decay per channel: log2(C) levels for every tile of keys."""
 
@@ -79,8 +94,8 @@ TOKENS = (
 
 CHOICES: dict[str, Choices] = {
     "matrix_state.states": Choices(SIDES, ACROSS),
-    "matrix_state.outputs": Choices(SIDES, CHUNK),
-    "matrix_state.gradients": Choices(SIDES, CHUNK),
+    "matrix_state.outputs": Choices(SIDES, OUTPUTS),
+    "matrix_state.gradients": Choices(SIDES, GRADIENTS),
     "delta_rule.states": Choices(("TILE_V",), WHOLE_ROWS),
     "delta_rule.gradients": Choices(("TILE_V",), WHOLE_ROWS),
     "delta_solve.solve": Choices(SIDES, SOLVE),
@@ -127,20 +142,24 @@ CHOICES: dict[str, Choices] = {
         ("TILE_T", "TILE_D"),
         (
             Config((16, 64), 4, 1),
+            # Half the registers, so more warps that wait for memory at once.
+            Config((16, 64), 8, 1),
             # More of a tile's inputs are its own: W - 1 of TILE_T + W - 1 rows are read again.
-            Config((32, 64), 4, 1),
-            Config((64, 64), 8, 1),
-            Config((16, 128), 4, 1),
+            Config((32, 64), 8, 1),
+            Config((16, 128), 8, 1),
         ),
     ),
     "short_conv.backward": Choices(
         ("TILE_T", "TILE_D"),
         (
-            Config((16, 64), 4, 1),
-            Config((32, 64), 8, 1),
-            # Rows of sums are (W + 1) D per program: wide tiles leave no fewer, but load longer.
-            Config((16, 128), 8, 1),
-            Config((16, 32), 2, 1),
+            # Two numbers per thread, each with W inputs and W gradients around it; four leave two
+            # warps to a scheduler, eight spill.
+            Config((16, 32), 8, 1),
+            # Wider rows, and twice the partial sums: (W + 1) D per program, whatever its tile ...
+            Config((8, 64), 8, 1),
+            # ... or as many, with the waits of sixteen warps.
+            Config((16, 64), 16, 1),
+            Config((16, 32), 4, 1),
         ),
     ),
     "rms_norm": Choices(

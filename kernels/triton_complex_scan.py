@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .autotune import tuned
+from .autotune import kinds, tuned
 from .triton_common import check_device, common_dtype, on_device_of, one_token
 from .triton_diagonal_scan import WIDEST_TILE
 
@@ -132,7 +132,7 @@ def _launch(
         tuned(
             OP, kernel, x, run, limits=(triton.next_power_of_2(tokens), WIDEST_TILE),
             sizes=(batch, tokens, double),
-            exact=(kernel.__name__, *(t.ndim for t in decays), *(t is None for t in given)),
+            exact=(kernel.__name__, *(t.ndim for t in decays), *kinds(*decays, *given)),
         )  # fmt: skip
 
 

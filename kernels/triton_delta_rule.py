@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .autotune import tuned
+from .autotune import kinds, tuned
 from .chunks import Cut
 from .triton_common import (
     DOT,
@@ -187,7 +187,7 @@ def _walk(
         tuned(
             name, kernel, first, run,
             limits=(full_tile(value_width),), sizes=(batch * heads, tokens),
-            exact=(key_width, value_width, size, *flags.values()),
+            exact=(key_width, value_width, size, *kinds(*arguments)),
         )  # fmt: skip
 
 
@@ -229,10 +229,10 @@ def _delta_states(
         )
         S_ = S.to(erase.dtype)
         tl.store(before_ptr + chunk * K * V + entry, S_, mask=there)
-        u = (write.to(tl.float32) - tl.dot(erase, S_, input_precision=DOT)).to(erase.dtype)
+        u = write.to(tl.float32) - tl.dot(erase, S_, input_precision=DOT)
         tl.store(
             writes_ptr + token[:, None] * V + column[None, :],
-            u,
+            u.to(erase.dtype),
             mask=(t[:, None] < T) & (column[None, :] < V),
         )
         k = tl.load(
@@ -245,9 +245,10 @@ def _delta_states(
             low = tl.load(sums + half + t)
             end = tl.load(sums + n * C + C - 1)
             end_low = tl.load(sums + half + n * C + C - 1)
-            k = (k * tl.exp((end - high) + (end_low - low))[None, :]).to(erase.dtype)
+            # Tokens are weighed in the narrower factor of the product.
+            u *= tl.exp((end - high) + (end_low - low))[:, None]
             S = S * tl.exp(end)
-        S += tl.dot(k, u, input_precision=DOT)
+        S += tl.dot(k, u.to(erase.dtype), input_precision=DOT)
     tl.store(last_ptr + bh * K * V + entry, S, mask=there)
 
 
@@ -303,11 +304,12 @@ def _delta_gradients(
             end_low = tl.load(sums + half + n * C + C - 1)
             scores *= decay_between(high, low, C)
             du *= tl.exp((end - high) + (end_low - low))[:, None]
-            q = (q * tl.exp(high)[:, None]).to(do.dtype)
+            early = (do * tl.exp(high)[:, None]).to(do.dtype)
             dS = dS * tl.exp(end)
         else:
             scores = tl.where(place[:, None] >= place[None, :], scores, 0.0)
+            early = do
         du += tl.dot(tl.trans(scores.to(do.dtype)), do, input_precision=DOT)
-        dS += tl.dot(tl.trans(q), do, input_precision=DOT) * scale
+        dS += tl.dot(tl.trans(q), early, input_precision=DOT) * scale
         dS -= tl.dot(tl.trans(erase), du.to(do.dtype), input_precision=DOT)
     tl.store(dstate_ptr + bh * K * V + entry, dS, mask=there)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .autotune import tuned
+from .autotune import kinds, tuned
 from .triton_common import (
     DOT,
     LENGTHS,
@@ -82,7 +82,7 @@ def _launch(name: str, kernel: Any, k: Tensor, v: Tensor, size: int, *arguments:
         tuned(
             name, kernel, k, run,
             limits=(full_tile(key_width), full_tile(value_width)), sizes=(batch * heads, tokens),
-            exact=(key_width, value_width, size, prefix is not None),
+            exact=(key_width, value_width, size, *kinds(*arguments)),
         )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .autotune import tuned
+from .autotune import kinds, tuned
 from .triton_common import check_device, common_dtype, on_device_of, one_token
 
 OP = "diagonal_scan"
@@ -97,7 +97,7 @@ def _launch(
         tuned(
             OP, kernel, x, run, limits=(triton.next_power_of_2(tokens), WIDEST_TILE),
             sizes=(batch, tokens, width),
-            exact=(kernel.__name__, log_a.ndim, start is not None),
+            exact=(kernel.__name__, log_a.ndim, *kinds(log_a, start)),
         )  # fmt: skip
 
 

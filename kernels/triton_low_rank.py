@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .autotune import tuned
+from .autotune import kinds, tuned
 from .triton_common import (
     DOT,
     LENGTHS,
@@ -221,7 +221,7 @@ def _walk(name: str, kernel: Any, q: Tensor, v: Tensor, size: int, *arguments: A
     with on_device_of(q):
         tuned(
             name, kernel, q, run, limits=(full_tile(value_width),), sizes=(batch * heads, tokens),
-            exact=(key_width, value_width, size, *(t is None for t in arguments)),
+            exact=(key_width, value_width, size, *kinds(*arguments)),
         )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .autotune import tuned
+from .autotune import kinds, tuned
 from .triton_common import (
     DOT,
     LENGTHS,
@@ -180,7 +180,7 @@ def _walk(
         tuned(
             "matrix_state.states", _states, x, run,
             limits=(full_tile(key_width), full_tile(value_width)), sizes=(batch * heads, tokens),
-            exact=(key_width, value_width, size, *flags.values()),
+            exact=(key_width, value_width, size, *flags.values(), *kinds(y)),
         )  # fmt: skip
     return states, last
 
@@ -201,7 +201,7 @@ def launch_chunks(name: str, kernel: Any, q: Tensor, v: Tensor, size: int, *argu
         tuned(
             name, kernel, q, run,
             limits=(full_tile(key_width), full_tile(value_width)), sizes=(batch * heads, tokens),
-            exact=(key_width, value_width, size, prefix is not None),
+            exact=(key_width, value_width, size, *kinds(*arguments)),
         )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .autotune import tuned
+from .autotune import kinds, tuned
 from .moe_permute import Dispatch
 from .triton_common import check_device, common_dtype, full_tile, on_device_of
 
@@ -124,7 +124,7 @@ def _launch(
     with on_device_of(x):
         tuned(
             OP, kernel, x, run, limits=(full_tile(x.shape[1]),), sizes=(tokens, x.shape[1]),
-            exact=(kernel.__name__, choices, *(t is None for t in given)),
+            exact=(kernel.__name__, choices, *kinds(*given)),
         )  # fmt: skip
 
 

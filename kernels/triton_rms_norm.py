@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .autotune import tuned
+from .autotune import kinds, tuned
 from .rms_norm import MOST_CHANNELS
 from .triton_common import check_device, common_dtype, full_tile, on_device_of, refuse
 
@@ -69,13 +69,16 @@ def tile_of_rows(config: dict[str, int], width: int) -> dict[str, int]:
     }
 
 
-def _launch(kernel: Any, x: Tensor, run: Callable[[dict[str, int]], R], **flags: bool) -> R:
+def _launch(
+    kernel: Any, x: Tensor, given: tuple[Tensor | None, ...], run: Callable[[dict[str, int]], R],
+    **flags: bool,
+) -> R:  # fmt: skip
     rows, width = x.shape
     with on_device_of(x):
         return tuned(
             OP, kernel, x, lambda config: run({**tile_of_rows(config, width), **flags}),
             limits=(MOST_CHANNELS,), sizes=(rows,),
-            exact=(kernel.__name__, width, *flags.values()),
+            exact=(kernel.__name__, width, *flags.values(), *kinds(*given)),
         )  # fmt: skip
 
 
@@ -108,7 +111,7 @@ class _Norm(torch.autograd.Function):
             )  # fmt: skip
 
         flags = {"GATE": gate is not None, "SILU": silu, "FIRST": first}
-        _launch(_forward, x, run, RESIDUAL=residual is not None, **flags)
+        _launch(_forward, x, (weight, residual, gate), run, RESIDUAL=residual is not None, **flags)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if h is None else h, weight, gate)
         ctx.options = (eps, silu, first)
@@ -140,14 +143,14 @@ class _Norm(torch.autograd.Function):
             return sums
 
         flags = {"GATE": gate is not None, "SILU": silu, "FIRST": first}
-        sums = _launch(_backward, h, run, CARRIED=dh is not None, **flags)
+        sums = _launch(_backward, h, (weight, gate, dy, dh), run, CARRIED=dh is not None, **flags)
         dweight = sums.sum(dim=0).to(weight.dtype)
         kind, other = ctx.kinds
         dresidual = None if other is None else dx.to(other)
         return dx.to(kind), dweight, dresidual, dgate, None, None, None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 @no_type_check
 def _forward(
     x_ptr, weight_ptr, residual_ptr, gate_ptr, y_ptr, h_ptr, N, D, eps, stride_x, stride_r,
@@ -177,7 +180,7 @@ def _forward(
     tl.store(y_ptr + row * D + column, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 @no_type_check
 def _backward(
     h_ptr, weight_ptr, gate_ptr, dy_ptr, dh_ptr, dx_ptr, dgate_ptr, sums_ptr, N, D, eps,

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .autotune import rounded, tuned
+from .autotune import kinds, rounded, tuned
 from .triton_common import check_device, check_width, common_dtype, on_device_of, one_token
 from .triton_diagonal_scan import diagonal_scan
 
@@ -83,7 +83,10 @@ def tile_of_states(config: dict[str, int], kind: str, width: int, rows: int) -> 
     return {**constants, "HIGH": full // low, "LOW": low, "TILE_D": tile}
 
 
-def _launch(kind: str, kernel: Any, x: Tensor, rows: int, run: Callable[..., Any]) -> Any:
+def _launch(
+    kind: str, kernel: Any, x: Tensor, rows: int, given: tuple[Tensor | None, ...],
+    run: Callable[..., Any], *flags: bool,
+) -> Any:  # fmt: skip
     """`run` with the number of tiles of the channels of x (B, T, D) and the kernel's constants.
 
     The tiles of a step are as short as it is, so that it moves its state and little else.
@@ -98,7 +101,7 @@ def _launch(kind: str, kernel: Any, x: Tensor, rows: int, run: Callable[..., Any
         return tuned(
             f"{OP}.{kind}", kernel, x, call,
             limits=(_chunk(tokens), rounded(rows) * LARGEST_TILE_D), sizes=(batch, tokens, width),
-            exact=(rows,),
+            exact=(rows, *flags, *kinds(*given)),
         )  # fmt: skip
 
 
@@ -126,7 +129,7 @@ class _Scan(torch.autograd.Function):
                 CHUNK=chunk, **constants,
             )  # fmt: skip
 
-        _launch("forward", _forward, x, rows, run)
+        _launch("forward", _forward, x, rows, (dt, a, b, c, start, states), run)
         ctx.save_for_backward(x, dt, a, b, c, states)
         return y, last[:, -1].contiguous()
 
@@ -158,7 +161,7 @@ class _Scan(torch.autograd.Function):
             # Every program leaves its sums over channels: added in one order, whatever ran first.
             return db.sum(dim=0), dc.sum(dim=0)
 
-        db, dc = _launch("backward", _backward, x, rows, run)
+        db, dc = _launch("backward", _backward, x, rows, (dt, a, b, c, dy), run)
         da = da.sum(dim=0).to(a.dtype)
         return dx, ddt, da, db.to(b.dtype), dc.to(c.dtype), dstart[:, 0] if ctx.started else None
 
@@ -191,7 +194,7 @@ def _starts(
             REVERSE=reverse, **constants,
         )  # fmt: skip
 
-    _launch("ends", _ends, v, rows, run)
+    _launch("ends", _ends, v, rows, (dt, a, r), run, reverse)
     log_a = (total[..., None] * a.float()).flatten(2)
     written = written.flatten(2)
     if reverse:

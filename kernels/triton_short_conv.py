@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .autotune import tuned
+from .autotune import kinds, tuned
 from .short_conv import MOST_TAPS
 from .triton_common import check_device, common_dtype, full_tile, on_device_of, refuse
 
@@ -79,7 +79,7 @@ class _Conv(torch.autograd.Function):
             tuned(
                 "short_conv.forward", _forward, x, run,
                 limits=(full_tile(tokens), full_tile(width)), sizes=(batch, tokens, width),
-                exact=(taps, bias is not None, state is not None, silu),
+                exact=(taps, silu, *kinds(weight, bias, state)),
             )  # fmt: skip
         ctx.save_for_backward(x, weight, bias, state)
         ctx.silu = silu
@@ -112,7 +112,7 @@ class _Conv(torch.autograd.Function):
             sums = tuned(
                 "short_conv.backward", _backward, x, run,
                 limits=(full_tile(tokens), full_tile(width)), sizes=(batch, tokens, width),
-                exact=(taps, bias is not None, state is not None, ctx.silu),
+                exact=(taps, ctx.silu, *kinds(weight, bias, state)),
             )  # fmt: skip
         total = sums.sum(dim=0)
         dweight = total[:taps].t().to(weight.dtype)
@@ -157,7 +157,7 @@ def _weighted(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 @no_type_check
 def _forward(
     x_ptr, weight_ptr, bias_ptr, state_ptr, y_ptr, last_ptr, T, D, stride_b, stride_t,
@@ -190,7 +190,7 @@ def _forward(
         tl.store(last_ptr + spot, new.to(last_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 @no_type_check
 def _backward(
     x_ptr, weight_ptr, bias_ptr, state_ptr, dy_ptr, dlast_ptr, dx_ptr, dstate_ptr, sums_ptr,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .autotune import tuned
+from .autotune import kinds, tuned
 from .backend import STEP_TOKENS
 from .triton_common import full_tile, on_device_of
 
@@ -61,12 +61,12 @@ def step(
     with on_device_of(q):
         tuned(
             "step", _step, q, run, limits=(full_tile(value_width),), sizes=(batch * heads,),
-            exact=(tokens, key_width, value_width, decay, *(t is None for t in given)),
+            exact=(tokens, key_width, value_width, decay, *kinds(*given)),
         )  # fmt: skip
     return o, new
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H"])
 @no_type_check
 def _step(
     q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, beta_ptr, bonus_ptr, log_decay_ptr, state_ptr,

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .autotune import tuned
+from .autotune import kinds, tuned
 from .triton_common import DOT, LENGTHS, full_tile, on_device_of, tile
 from .triton_halves import level_pairs, pair_scores, rows, sums_since, sums_until
 
@@ -122,7 +122,7 @@ def decayed(
         tuned(
             "vector_decay.decayed", _decayed, x, run,
             limits=(full_tile(width),), sizes=(batch * heads, tokens),
-            exact=(width, size, to_end, pre),
+            exact=(width, size, to_end, pre, *kinds(log_decay)),
         )  # fmt: skip
     return out, kept
 
@@ -156,7 +156,7 @@ def walk(
         tuned(
             "vector_decay.states", _states, x, run,
             limits=(full_tile(key_width), full_tile(value_width)), sizes=(batch * heads, tokens),
-            exact=(key_width, value_width, size, *flags.values()),
+            exact=(key_width, value_width, size, *flags.values(), *kinds(y)),
         )  # fmt: skip
     return states, last
 
@@ -220,7 +220,8 @@ def launch_chunks(
             name, kernel, q, run,
             # Rows of a tile of values are at most 128 bytes: more do not fit beside the decays.
             limits=(full_tile(key_width), min(128 // q.itemsize, full_tile(value_width))),
-            sizes=(batch * heads, tokens), exact=(key_width, value_width, size, *flags.values()),
+            sizes=(batch * heads, tokens),
+            exact=(key_width, value_width, size, *flags.values(), *kinds(*arguments)),
             rewritten=rewritten,
         )  # fmt: skip
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from mendel.kernels.autotune import (
     Config,
     case_key,
     file_of,
+    kinds,
     read_mode,
     read_pins,
     rounded,
@@ -134,13 +136,14 @@ def test_the_fastest_is_kept_and_found_again() -> None:
     key = case_key("op", KERNEL, X, (5, 100), (64, True))
     store(CPU, key, took)
     assert stored(CPU, key, (ONE, TWO)) == TWO
-    row = json.loads(file_of(CPU).read_text())["choices"][key]
+    row = json.loads(file_of(CPU, key).read_text())
+    assert row["key"] == key
     assert row["ms"][str(ONE)] >= 10 > row["ms"][str(TWO)]
     # A configuration that the list has lost is no choice any more.
     assert stored(CPU, key, (ONE,)) is None
     store(CPU, "another", {ONE: 1.0})
     assert stored(CPU, key, (ONE, TWO)) == TWO
-    assert not list(file_of(CPU).parent.glob("*.new"))
+    assert not list(file_of(CPU, key).parent.glob("*.new"))
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
@@ -173,10 +176,10 @@ def test_the_key_has_all_that_a_choice_depends_on() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"format": 1}', '{"format": 1, "choices": {"k": {"config": "fast"}}}']
+    "text", ["{", "[]", '{"format": 2}', '{"format": 2, "key": "k", "config": "fast"}', "\xff"]
 )
 def test_a_damaged_file_is_ignored_with_one_warning(text: str) -> None:
-    path = file_of(CPU)
+    path = file_of(CPU, "k")
     path.parent.mkdir(parents=True)
     path.write_text(text)
     with pytest.warns(UserWarning, match="it is not read"):
@@ -187,6 +190,49 @@ def test_a_damaged_file_is_ignored_with_one_warning(text: str) -> None:
         assert stored(CPU, "k", (ONE,)) is None
         store(CPU, "k", {ONE: 1.0})
     assert stored(CPU, "k", (ONE,)) == ONE
+
+
+def test_what_another_format_or_another_case_wrote_is_no_choice() -> None:
+    path = file_of(CPU, "k")
+    path.parent.mkdir(parents=True)
+    for change in ({"format": 1}, {"key": "another"}):
+        path.write_text(json.dumps({"format": 2, "key": "k", "config": str(ONE), **change}))
+        assert stored(CPU, "k", (ONE,)) is None
+
+
+STORES = """
+import sys, torch
+from mendel.kernels.autotune import Config, store
+for i in range(20):
+    store(torch.device("cpu"), f"{sys.argv[1]} {i}", {Config((16,), 4, 1): 1.0})
+"""
+
+
+def test_two_processes_lose_no_choice() -> None:
+    both = [subprocess.Popen([sys.executable, "-c", STORES, name]) for name in ("one", "other")]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    config = Config((16,), 4, 1)
+    for name in ("one", "other"):
+        for i in range(20):
+            assert stored(CPU, f"{name} {i}", (config,)) == config
+
+
+def test_dtypes_of_all_tensors_are_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The selective scan's dt, B and C may have others than x, on which compiled code depends."""
+    assert kinds(X, None, 3, X.half(), "flag") == ("float32", "none", "float16")
+    if not HAS_TRITON:
+        return
+    scan = import_module("mendel.kernels.triton_selective_scan")
+    seen = []
+
+    def tuned(*given: object, exact: tuple[object, ...], **options: object) -> None:
+        seen.append(exact)
+
+    monkeypatch.setattr(scan, "tuned", tuned)
+    x, b = torch.zeros(1, 2, 3), torch.zeros(1, 2, 4)
+    for other in (b, b.bfloat16()):
+        scan._launch("forward", None, x, 4, (x, other, None), print)
+    assert seen[0] != seen[1]
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(

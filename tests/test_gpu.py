@@ -43,6 +43,11 @@ def test_what_the_gpu_is_asked() -> None:
         for kind in ("small", "real"):
             wanted = f"{kind} {op} {form} bfloat16"
             assert any(name.startswith(wanted) for name in names), wanted
+    # In order of weight: half precision at the main width, at real sizes, and decoding come first.
+    kinds = [name.split()[0] + name.partition("bfloat16")[1] for name in names]
+    first = ("smallbfloat16", "realbfloat16", "decodingbfloat16")
+    assert list(dict.fromkeys(kinds))[:3] == list(first)
+    assert all(name.endswith("128") for name in names[: kinds.index("realbfloat16")])
     sizes = gpu_cases.SIZES["cuda"]
     assert sizes.rows * 4096 > 2**31
     assert sizes.heads * sizes.long_tokens * 128 > 2**31

@@ -1,4 +1,6 @@
-"""The Triton kernels without a GPU: in Triton's interpreter, and compiled for three chips.
+"""The Triton kernels without a GPU: in Triton's interpreter, and compiled without what is optional.
+
+`test_launches.py` compiles them with all of it.
 
 The interpreter must be switched on before the kernels are decorated, so it runs in a process of its
 own (`triton_cases.py`). It says nothing of bfloat16, of speed, or of races between threads.
@@ -12,14 +14,13 @@ import os
 import subprocess
 import sys
 from functools import cache
-from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from compiled import laid_out
+from compiled import SHARED_KIB, compiled, parsed
 from offsets import wrapping_offsets
 
 from mendel.kernels.backend import HAS_TRITON, Unsupported, choose, use_backend
@@ -70,22 +71,11 @@ def test_equals_definition(case: str) -> None:
             assert error < (1e-4 if part == "dlog_decay" else 1e-5), part
 
 
-SHARED_KIB = {80: 163, 90: 227, 100: 227}
-"""The shared memory that one program may take (CUDA programming guide, table of capabilities)."""
-MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
-TILE_PRODUCT = {80: "#ttg.nvidia_mma<", 100: "ttng.tc_gen5_mma"}
-"""What becomes the instruction, where a kernel is only laid out."""
-FLOAT32 = (
-    *("prefix", "start", "last", "dprefix", "dlast", "dstate", "dstart", "state", "new"),
-    *("g", "log_decay", "kept", "bonus", "dq", "dk", "dg", "dbonus", "db", "dx", "inverse"),
-)
-"""Pointers to float32; all others are to the dtype of the inputs."""
-
 WIDE: dict[str, Any] = {"K": 128, "V": 128, "C": 64, "DECAY": True}
 TILES = {"TILE_K": 64, "TILE_V": 64}
 WALK = {"FULL_K": 128, "TILE_V": 32, "START": True}
 VECTOR: dict[str, Any] = {"K": 128, "V": 128, "C": 64, "TILE_V": 64}
-INSIDE: dict[str, Any] = {**VECTOR, "LEVELS": 6, "TILE_K": 32}
+INSIDE: dict[str, Any] = {**VECTOR, "LEVELS": 6, "TILE_K": 16}
 HALVES: dict[str, Any] = {**INSIDE, "READ": True}
 SOLVE: dict[str, Any] = {**WIDE, **TILES, "LEVELS": 6, "PRECISION": "tf32"}
 ACROSS = {"K": 128, "V": 128, "C": 64, "FULL_K": 128, "TILE_V": 32}
@@ -96,28 +86,8 @@ NO_STEP = {f"{p}_ptr": None for p in ("a", "b", "beta", "bonus", "log_decay", "s
 FIRST = {"DECAY": False, "prefix_ptr": None, "H": 1, "N": 1}
 """What a launch turns into constants: one head, one chunk, no decay."""
 
-KERNELS: list[tuple[str, str, dict[str, Any]]] = [
-    ("matrix_state", "_states", {**WIDE, **TILES, "START": True, "REVERSE": True}),
-    ("matrix_state", "_outputs", {**WIDE, **TILES}),
-    ("matrix_state", "_gradients", {**WIDE, **TILES}),
-    ("delta_rule", "_delta_states", {**WIDE, **WALK}),
-    ("delta_rule", "_delta_gradients", {**WIDE, **WALK}),
-    ("delta_solve", "_solve", SOLVE),
-    ("delta_solve", "_solve_gradients", SOLVE),
-    ("vector_decay", "_states", {**VECTOR, "TILE_K": 64, "START": True, "REVERSE": True}),
-    ("vector_decay", "_outputs", {**HALVES, "PRE": True}),
-    ("vector_decay", "_gradients", {**HALVES, "PRE": True}),
-    ("low_rank", "_solve", {**INSIDE, "PRECISION": "tf32"}),
-    ("low_rank", "_low_rank_states", {**ACROSS}),
-    ("low_rank", "_direct", {**INSIDE}),
-    ("low_rank", "_low_rank_gradients", {**ACROSS}),
-    ("low_rank", "_solve_gradients", {**INSIDE, "PRECISION": "tf32"}),
-]
-SLOW = (
-    *(("vector_decay", name) for name in ("_outputs", "_gradients")),
-    *(("low_rank", name) for name in ("_solve", "_direct", "_solve_gradients")),
-)
-"""Kernels by halves: from Triton's layout to a chip's machine code they take up to a minute."""
+SLOW = ("vector_decay", "low_rank", "delta_solve")
+"""Modules whose products by halves take long to compile: on the chip with the least memory."""
 PLAIN: list[tuple[str, str, dict[str, Any]]] = [
     (
         "matrix_state",
@@ -150,76 +120,16 @@ PLAIN: list[tuple[str, str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-def _source(
-    module: str, name: str, constants: dict[str, Any], inputs: str = "bf16"
-) -> tuple[Any, dict[str, int]]:
-    from triton.compiler import ASTSource
-
-    kernel = getattr(import_module(f"mendel.kernels.triton_{module}"), name)
-    types = {"scale": "fp32", **{f"{p}_ptr": "*fp32" for p in FLOAT32}}
-    if module == "delta_solve":
-        types |= {"beta_ptr": "*fp32", "dbeta_ptr": "*fp32"}
-    signature = {
-        argument: "constexpr"
-        if argument in constants
-        else types.get(argument, f"*{inputs}" if argument.endswith("_ptr") else "i32")
-        for argument in kernel.arg_names
-    }
-    options = {"num_warps": 4, "num_stages": 2 if module in ("matrix_state", "step") else 1}
-    return ASTSource(kernel, signature, constexprs=constants), options
-
-
-def _compile(module: str, name: str, capability: int, constants: dict[str, Any]) -> Any:
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    parsed, options = _source(module, name, constants)
-    return triton.compile(parsed, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize(("module", "name", "constants"), KERNELS)
-def test_compiles_with_tensor_cores(
-    module: str, name: str, constants: dict[str, Any], capability: int
-) -> None:
-    """The slow ones whole for sm_90; for the others as far as the layout, and whole in short chunks
-    (`test_compiles_with_what_a_launch_makes_constant`)."""
-    if (module, name) in SLOW and capability != 90:
-        found = laid_out(*_source(module, name, constants), capability)
-        assert TILE_PRODUCT[capability] in found.products
-        assert 0 < found.shared <= SHARED_KIB[capability] * 1024
-        return
-    compiled = _compile(module, name, capability, constants)
-    assert len(compiled.asm["cubin"]) > 0
-    assert MATRIX_INSTRUCTION[capability] in compiled.asm["ptx"]
-    assert compiled.metadata.shared <= SHARED_KIB[capability] * 1024
-    assert wrapping_offsets(compiled.asm["ttir"]) == []
-
-
-@pytest.mark.parametrize(
-    ("module", "name", "constants"),
-    [
-        ("vector_decay", "_gradients", {"PRE": True, "READ": True}),
-        ("low_rank", "_solve_gradients", {"PRECISION": "tf32x3"}),
-    ],
-)
-def test_float32_fits_the_smallest_chip(module: str, name: str, constants: dict[str, Any]) -> None:
-    """The two kernels whose float32 tiles take the most, in the chunks of float32."""
-    short = {**INSIDE, "C": 32, "LEVELS": 5, "TILE_V": 32}
-    found = laid_out(*_source(module, name, {**short, **constants}, inputs="fp32"), 80)
-    assert found.matrix
-    assert 0 < found.shared <= SHARED_KIB[80] * 1024
-
-
 @pytest.mark.parametrize(("module", "name", "constants"), PLAIN)
 def test_compiles_with_what_a_launch_makes_constant(
     module: str, name: str, constants: dict[str, Any]
 ) -> None:
-    for capability in (80, 100) if (module, name) in SLOW else (90,):
-        compiled = _compile(module, name, capability, constants)
-        assert len(compiled.asm["cubin"]) > 0
-        assert compiled.metadata.shared <= SHARED_KIB[capability] * 1024
-    assert wrapping_offsets(compiled.asm["ttir"]) == []
+    capability = 80 if module in SLOW else 90
+    options = {"num_warps": 4, "num_stages": 1}
+    found = compiled(parsed(module, name, constants), options, capability)
+    assert len(found.asm["cubin"]) > 0
+    assert found.metadata.shared <= SHARED_KIB[capability] * 1024
+    assert wrapping_offsets(found.asm["ttir"]) == []
 
 
 def test_the_default_of_a_gpu() -> None:

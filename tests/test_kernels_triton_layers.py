@@ -12,12 +12,12 @@ import os
 import subprocess
 import sys
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compiled import SHARED_KIB, compiled, parsed
 from offsets import wrapping_offsets
 
 from mendel.kernels.backend import HAS_TRITON, Unsupported, backends, use_backend
@@ -63,12 +63,7 @@ def test_equals_definition(op: str) -> None:
             assert error < bound, (name, part)
 
 
-SHARED_KIB = {80: 163, 90: 227, 100: 227}
-
-FLOAT32 = ("sums", "losses")
-"""Pointers to float32; all others are to the dtype of the inputs."""
 SHAPES = {"TILE_T": 16, "TILE_D": 64, "W": 4}
-CONV: dict[str, Any] = {**SHAPES, "BIAS": True, "START": True, "SILU": True}
 BARE: dict[str, Any] = {**SHAPES, "BIAS": False, "START": False, "SILU": False}
 ABSENT = {"bias_ptr": None, "state_ptr": None}
 
@@ -77,15 +72,6 @@ HEADS: dict[str, Any] = {**NORM, "ROWS": 16, "FULL_D": 128, "GATE": False, "gate
 PAIRS: dict[str, Any] = {"K": 6, "FULL_K": 8, "TILE_D": 1024}
 COPIES = {f"{p}_ptr": None for p in ("weights", "y", "dots")}
 
-KERNELS: list[tuple[str, str, dict[str, Any]]] = [
-    ("short_conv", "_forward", CONV),
-    ("short_conv", "_backward", {**CONV, "WALK": 8}),
-    ("rms_norm", "_forward", {**NORM, "RESIDUAL": True}),
-    ("rms_norm", "_backward", {**NORM, "CARRIED": True}),
-    ("linear_cross_entropy", "_rows", {"TILE_A": 4096, "GRADIENT": True}),
-    ("moe_permute", "_gather_rows", {"K": 6, "TILE_D": 1024}),
-    ("moe_permute", "_spread_rows", PAIRS),
-]
 OTHERS: list[tuple[str, str, dict[str, Any]]] = [
     ("short_conv", "_forward", {**BARE, **ABSENT}),
     ("short_conv", "_backward", {**BARE, **ABSENT, "WALK": 8, "dstate_ptr": None}),
@@ -97,46 +83,17 @@ OTHERS: list[tuple[str, str, dict[str, Any]]] = [
     ("moe_permute", "_gather_rows", {"K": 6, "TILE_D": 1024, "weights_ptr": None}),
     ("moe_permute", "_spread_rows", {**PAIRS, **COPIES}),
 ]
-"""What is absent, and other orders: on one chip."""
-COMPILED = [*((*case, chip) for case in KERNELS for chip in (80, 90, 100))]
-COMPILED += [(*case, 90) for case in OTHERS]
+"""What is absent, and other orders."""
 
 
-def _compile(
-    module: str, name: str, capability: int, constants: dict[str, Any], warps: int, inputs: str
-) -> Any:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel = getattr(import_module(f"mendel.kernels.triton_{module}"), name)
-    types = {
-        "eps": "fp32",
-        "z_weight": "fp32",
-        "targets_ptr": "*i64",
-        "back_ptr": "*i64",
-        **{f"{p}_ptr": "*fp32" for p in FLOAT32},
-    }
-    signature = {
-        argument: "constexpr"
-        if argument in constants
-        else types.get(argument, f"*{inputs}" if argument.endswith("_ptr") else "i32")
-        for argument in kernel.arg_names
-    }
-    return triton.compile(
-        ASTSource(kernel, signature, constexprs=constants),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps, "num_stages": 3},
-    )
-
-
-@pytest.mark.parametrize(("module", "name", "constants", "capability"), COMPILED)
-def test_compiles(module: str, name: str, constants: dict[str, Any], capability: int) -> None:
+@pytest.mark.parametrize(("module", "name", "constants"), OTHERS)
+def test_compiles(module: str, name: str, constants: dict[str, Any]) -> None:
     warps = 8 if constants.get("FULL_D") == 4096 else 4
-    compiled = _compile(module, name, capability, constants, warps, "bf16")
-    assert len(compiled.asm["cubin"]) > 0
-    assert compiled.metadata.shared <= SHARED_KIB[capability] * 1024
-    assert wrapping_offsets(compiled.asm["ttir"]) == []
+    options = {"num_warps": warps, "num_stages": 1}
+    found = compiled(parsed(module, name, constants), options, 90)
+    assert len(found.asm["cubin"]) > 0
+    assert found.metadata.shared <= SHARED_KIB[90] * 1024
+    assert wrapping_offsets(found.asm["ttir"]) == []
 
 
 def test_more_taps_than_the_kernel_unrolls() -> None:

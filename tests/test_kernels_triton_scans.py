@@ -18,10 +18,13 @@ from typing import Any
 
 import pytest
 import torch
+from compiled import SHARED_KIB, compiled, parsed
+from compiled_launches import source
 from offsets import wrapping_offsets
 
 from mendel.kernels.backend import HAS_TRITON, Unsupported, choose, use_backend
 from mendel.kernels.complex_scan import complex_scan
+from mendel.kernels.launches import CHOICES
 from mendel.kernels.selective_scan import selective_scan
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
@@ -59,86 +62,48 @@ def test_equals_definition(op: str) -> None:
             assert error < bound, (name, part)
 
 
-SHARED_KIB = {80: 163, 90: 227, 100: 227}
-FLOAT32 = (
-    *("log_a", "angle", "factor", "start", "last", "dlog_a", "dangle", "dfactor", "dlast"),
-    *("dstart", "dt", "a", "states", "starts", "ahead", "ddt", "da", "db", "dc", "written"),
-    "total",
-)
-"""Pointers to float32; all others are to the dtype of the inputs."""
 WALK: dict[str, Any] = {"TILE_T": 16, "TILE_D": 32}
 TURNED: dict[str, Any] = {**WALK, "FIXED": False, "TURN": True}
 STILL: dict[str, Any] = {**WALK, "FIXED": True, "TURN": True}
 TILE: dict[str, Any] = {"TILE_T": 8, "HIGH": 4, "LOW": 4, "TILE_D": 32}
-BACK: dict[str, Any] = {"TILE_T": 8, "HIGH": 2, "LOW": 8, "TILE_D": 64, "CHUNK": 64}
 
-KERNELS: list[tuple[str, str, dict[str, Any]]] = [
-    ("diagonal_scan", "_forward", {**WALK, "FIXED": False}),
-    ("diagonal_scan", "_backward", {**WALK, "FIXED": False}),
-    ("complex_scan", "_forward", TURNED),
-    ("complex_scan", "_backward", STILL),
-    ("selective_scan", "_forward", {**TILE, "CHUNK": 64}),
-    ("selective_scan", "_ends", {**TILE, "REVERSE": True}),
-    ("selective_scan", "_backward", BACK),
-]
 OTHERS: list[tuple[str, str, dict[str, Any]]] = [
     ("diagonal_scan", "_forward", {**WALK, "TILE_T": 1, "FIXED": True, "start_ptr": None}),
     ("diagonal_scan", "_backward", {**WALK, "FIXED": True, "start_ptr": None}),
     ("complex_scan", "_forward", {**STILL, "TILE_T": 4, "factor_ptr": None, "start_ptr": None}),
     ("complex_scan", "_backward", {**TURNED, "factor_ptr": None, "dfactor_ptr": None}),
     ("selective_scan", "_forward", {**TILE, "TILE_T": 1, "CHUNK": 64, "states_ptr": None}),
-    ("selective_scan", "_ends", {**TILE, "REVERSE": False}),
+    ("selective_scan", "_ends", {**TILE, "REVERSE": True}),
 ]
-"""Short tiles, and what is absent: on one chip."""
-COMPILED = [*((*case, chip) for case in KERNELS for chip in (80, 90, 100))]
-COMPILED += [(*case, 90) for case in OTHERS]
+"""Short tiles, and what is absent."""
 
 
-def _compile(module: str, name: str, constants: dict[str, Any], capability: int) -> Any:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel = getattr(import_module(f"mendel.kernels.triton_{module}"), name)
-    types = {f"{p}_ptr": "*fp32" for p in FLOAT32}
-    if module != "selective_scan":
-        types["db_ptr"] = "*bf16"
-    signature = {
-        argument: "constexpr"
-        if argument in constants
-        else types.get(argument, "*bf16" if argument.endswith("_ptr") else "i32")
-        for argument in kernel.arg_names
-    }
-    # Torch's allocations begin at multiples of 16 bytes, which a launch tells the compiler.
-    aligned = {
-        (place,): [["tt.divisibility", 16]]
-        for place, argument in enumerate(kernel.arg_names)
-        if argument.endswith("_ptr") and argument not in constants
-    }
-    warps = {"_backward": 8}.get(name, 4) if module == "selective_scan" else 1
-    return triton.compile(
-        ASTSource(kernel, signature, constexprs=constants, attrs=aligned),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps},
-    )
+@pytest.mark.parametrize(("module", "name", "constants"), OTHERS)
+def test_compiles(module: str, name: str, constants: dict[str, Any]) -> None:
+    options = {"num_warps": 4 if module == "selective_scan" else 1}
+    found = compiled(parsed(module, name, constants), options, 90)
+    assert len(found.asm["cubin"]) > 0
+    assert found.metadata.shared <= SHARED_KIB[90] * 1024
+    assert wrapping_offsets(found.asm["ttir"]) == []
 
 
-@pytest.mark.parametrize(("module", "name", "constants", "capability"), COMPILED)
-def test_compiles(module: str, name: str, constants: dict[str, Any], capability: int) -> None:
-    """A walk from token to token exchanges nothing between threads: the scans without a sum over
-    states have no shuffle, no barrier and no shared memory."""
-    compiled = _compile(module, name, constants, capability)
-    assert len(compiled.asm["cubin"]) > 0
-    assert compiled.metadata.shared <= SHARED_KIB[capability] * 1024
-    assert wrapping_offsets(compiled.asm["ttir"]) == []
-    exchanges = len(re.findall(r"shfl\.sync|bar\.sync", compiled.asm["ptx"]))
-    if module != "selective_scan":
-        assert exchanges == 0
-        assert compiled.metadata.shared == 0
-    elif name == "_forward" and constants["TILE_T"] == 8:
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(
+    ("name", "i"), [("diagonal_scan", 0), ("diagonal_scan", 1), ("complex_scan", 0),
+                    ("complex_scan", 1), ("selective_scan.forward", 0)],
+)  # fmt: skip
+def test_a_walk_exchanges_nothing(name: str, i: int, capability: int) -> None:
+    """From token to token nothing goes between threads: the scans without a sum over states have
+    no shuffle, no barrier and no shared memory."""
+    made, options = source(name, i, CHOICES[name].configs[0])
+    found = compiled(made, options, capability)
+    if name == "selective_scan.forward":
         # The sum over the 4 threads of a channel's states, 2 for each of 8 tokens; barriers where
         # inputs and outputs change threads.
-        assert compiled.asm["ptx"].count("shfl.sync") == 16
+        assert found.asm["ptx"].count("shfl.sync") == 16
+        return
+    assert re.search(r"shfl\.sync|bar\.sync", found.asm["ptx"]) is None
+    assert found.metadata.shared == 0
 
 
 BAD = """

@@ -1,24 +1,52 @@
-"""Every configuration of the lists, laid out for chips that are not there: it fits, it multiplies.
+"""Every launch of every kernel for chips that are not there: it compiles, it fits, it multiplies.
 
-The defaults are compiled to machine code in `test_kernels_triton.py` and its neighbour; the others
-go as far as the allocation of shared memory, which takes a fraction of the time.
+The defaults become machine code, from which their registers are read; the others go as far as the
+allocation of shared memory, which takes a fraction of the time.
 """
 
 from __future__ import annotations
 
-import compiled
 import pytest
-from compiled import CHIPS, KERNELS, SHARED_KIB, WITHOUT_PRODUCTS, lay_out
+from compiled import MATRIX_INSTRUCTION, SHARED_KIB, TILE_PRODUCT, compiled
+from compiled_launches import CHIPS, KERNELS, WIDTH, WITHOUT_PRODUCTS, lay_out, source
+from machine_code import usage
+from offsets import wrapping_offsets
 
 from mendel.kernels.autotune import Config
-from mendel.kernels.backend import HAS_TRITON
+from mendel.kernels.backend import HAS_TRITON, WIDEST
 from mendel.kernels.launches import CHOICES
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
+EVERY = [(name, i) for name, kernels in KERNELS.items() for i in range(len(kernels))]
+WITH_HEADS = [name for name, kernels in KERNELS.items() if WIDTH in kernels[0][2].values()]
+
+STACK = {"moe_permute": 8}
+"""Bytes of a thread's that may lie in memory: two numbers beside 32 registers, where the assembler
+of Triton 3.7 keeps no more."""
+
 
 def test_every_list_has_its_kernels() -> None:
     assert KERNELS.keys() == CHOICES.keys()
+
+
+@pytest.mark.parametrize("capability", list(SHARED_KIB))
+@pytest.mark.parametrize(("name", "i"), EVERY)
+def test_the_default_compiles(name: str, i: int, capability: int) -> None:
+    """In bfloat16 at K = V = 128: tensor cores where it multiplies tiles, 64-bit offsets; on sm_90
+    nothing spills (but for `STACK`) and every scheduler has two warps to choose from."""
+    made, options = source(name, i, CHOICES[name].configs[0])
+    found = compiled(made, options, capability)
+    assert found.metadata.shared <= SHARED_KIB[capability] * 1024
+    assert (MATRIX_INSTRUCTION[capability] in found.asm["ptx"]) == (name not in WITHOUT_PRODUCTS)
+    assert wrapping_offsets(found.asm["ttir"]) == []
+    taken = usage(found.asm["cubin"])
+    assert taken.registers > 0
+    if capability == 90:
+        assert (taken.counts["wgmma"] > 0) == (name not in WITHOUT_PRODUCTS)
+        assert taken.stack <= STACK.get(name, 0)
+        assert bool(taken.stored or taken.loaded) <= bool(taken.stack)
+        assert taken.warps_per_scheduler(options["num_warps"], found.metadata.shared) >= 2
 
 
 @pytest.mark.parametrize("name", list(KERNELS))
@@ -33,10 +61,24 @@ def test_every_configuration_fits(name: str) -> None:
                 assert found.matrix == (name not in WITHOUT_PRODUCTS), (config, capability)
 
 
+@pytest.mark.parametrize("name", WITH_HEADS)
+def test_every_width_fits(name: str) -> None:
+    """Narrow, odd and the widest heads, the widest in float32 too; pointers of views, whose loads
+    are not ahead of their use."""
+    for width, inputs, aligned in (
+        *((16, "bf16", True), (24, "bf16", True), (80, "bf16", True), (WIDEST, "bf16", True)),
+        *((WIDEST, "fp32", True), (WIDEST, "bf16", False)),
+    ):
+        config = CHOICES[name].configs[0]
+        found = lay_out(name, 0, config, 80, width=width, inputs=inputs, aligned=aligned)
+        assert found.shared <= SHARED_KIB[80] * 1024, (width, inputs, aligned)
+        assert found.matrix == (name not in WITHOUT_PRODUCTS), (width, inputs, aligned)
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_layout_is_the_compilers(capability: int) -> None:
     config = Config((128, 64), 8, 1)
-    compiled_for_it = compiled.compile_for("matrix_state.outputs", 0, config, capability)
-    found = lay_out("matrix_state.outputs", 0, config, capability)
-    assert found.shared == compiled_for_it.metadata.shared > 0
-    assert found.matrix
+    found = compiled(*source("matrix_state.outputs", 0, config), capability)
+    laid = lay_out("matrix_state.outputs", 0, config, capability)
+    assert laid.shared == found.metadata.shared > 0
+    assert TILE_PRODUCT[capability] in laid.products
