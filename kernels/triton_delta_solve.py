@@ -1,7 +1,7 @@
 """The triangular systems of the (gated) delta rule's chunks, solved in a Triton kernel.
 
 U = X (beta v) and W = X (beta exp(G) k), X = (I - L)^-1, L_ij = -beta_i exp(G_i - G_j) k_i . k_j
-for j < i: the WY form of `delta_rule._chunked`. X grows by halves, as in `triton_low_rank`.
+for j < i: the WY form of `delta_rule._chunked`. X grows by halves, as in `triton_low_rank_solve`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .triton_common import (
     split_prefix,
 )
 from .triton_halves import rows
-from .triton_low_rank import precision, unit_inverse
+from .triton_low_rank_solve import precision, unit_inverse
 
 
 class DeltaSolve(torch.autograd.Function):

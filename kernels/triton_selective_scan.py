@@ -250,6 +250,27 @@ def _outer(channels, states):
 
 @triton.jit
 @no_type_check
+def _tile(x_ptr, dt_ptr, sequence, t, stop, T, D, N, column, row):
+    """The tokens t: which there are, for channels and for states, their dt and x.
+
+    Past the end a dt of 0 keeps the state.
+    """
+    inside = (t[:, None] < stop) & (column[None, :] < D)
+    filled = (t[:, None, None] < stop) & (row[None, :, :] < N)
+    step = _channels(dt_ptr, sequence, t, T, D, column, inside)
+    x = _channels(x_ptr, sequence, t, T, D, column, inside)
+    return inside, filled, step, x
+
+
+@triton.jit
+@no_type_check
+def _decays(step, rate):
+    """exp(dt A), (TILE_T, HIGH, TILE_D, LOW), from A / ln 2."""
+    return tl.exp2(step[:, None, :, None] * rate[None, :, :, :])
+
+
+@triton.jit
+@no_type_check
 def _over_states(tile):
     """Sums over a channel's states: first those that a thread holds."""
     return tl.sum(tl.sum(tile, axis=1), axis=2)
@@ -273,13 +294,10 @@ def _ends(
     tiles = tl.cdiv(stop - first, TILE_T)
     for n in range(tiles):
         t = first + (tiles - 1 - n if REVERSE else n) * TILE_T + place
-        inside = (t[:, None] < stop) & (column[None, :] < D)
-        filled = (t[:, None, None] < stop) & (row[None, :, :] < N)
-        step = _channels(dt_ptr, sequence, t, T, D, column, inside)
-        v = _channels(v_ptr, sequence, t, T, D, column, inside)
+        _, filled, step, v = _tile(v_ptr, dt_ptr, sequence, t, stop, T, D, N, column, row)
         r = _states(r_ptr, sequence, t, T, N, row, filled)
         total += tl.sum(step, axis=0)
-        kept = tl.exp2(step[:, None, :, None] * rate[None, :, :, :])
+        kept = _decays(step, rate)
         if REVERSE:
             new = _outer(v, r)
             for i in tl.static_range(TILE_T):
@@ -315,14 +333,10 @@ def _forward(
             chunk = (sequence * tl.cdiv(T, CHUNK) + begin // CHUNK) * D * N
             tl.store(states_ptr + chunk + entry, now, mask=there & (begin % CHUNK == 0))
         t = begin + place
-        inside = (t[:, None] < stop) & (column[None, :] < D)
-        filled = (t[:, None, None] < stop) & (row[None, :, :] < N)
-        step = _channels(dt_ptr, sequence, t, T, D, column, inside)
-        x = _channels(x_ptr, sequence, t, T, D, column, inside)
+        inside, filled, step, x = _tile(x_ptr, dt_ptr, sequence, t, stop, T, D, N, column, row)
         b = _states(b_ptr, sequence, t, T, N, row, filled)
         c = _states(c_ptr, sequence, t, T, N, row, filled)
-        # Past the end a step of 0 keeps the state.
-        kept = tl.exp2(step[:, None, :, None] * rate[None, :, :, :])
+        kept = _decays(step, rate)
         new = _outer(step * x, b)
         h = new
         for i in tl.static_range(TILE_T):
@@ -367,12 +381,9 @@ def _backward(
         for n in range(tiles):
             tl.store(starts_ptr + (walk * TILES + n) * D * N + entry, now, mask=there)
             t = begin + n * TILE_T + place
-            inside = (t[:, None] < stop) & (column[None, :] < D)
-            filled = (t[:, None, None] < stop) & (row[None, :, :] < N)
-            step = _channels(dt_ptr, sequence, t, T, D, column, inside)
-            x = _channels(x_ptr, sequence, t, T, D, column, inside)
+            _, filled, step, x = _tile(x_ptr, dt_ptr, sequence, t, stop, T, D, N, column, row)
             b = _states(b_ptr, sequence, t, T, N, row, filled)
-            kept = tl.exp2(step[:, None, :, None] * rate[None, :, :, :])
+            kept = _decays(step, rate)
             new = _outer(step * x, b)
             for i in tl.static_range(TILE_T):
                 now = one_token(kept, token, i) * now + one_token(new, token, i)
@@ -383,14 +394,11 @@ def _backward(
             start = (walk * TILES + at) * D * N
             now = tl.load(starts_ptr + start + entry, mask=there, other=0.0)
             t = begin + at * TILE_T + place
-            inside = (t[:, None] < stop) & (column[None, :] < D)
-            filled = (t[:, None, None] < stop) & (row[None, :, :] < N)
-            step = _channels(dt_ptr, sequence, t, T, D, column, inside)
-            x = _channels(x_ptr, sequence, t, T, D, column, inside)
+            inside, filled, step, x = _tile(x_ptr, dt_ptr, sequence, t, stop, T, D, N, column, row)
             dy = _channels(dy_ptr, sequence, t, T, D, column, inside)
             b = _states(b_ptr, sequence, t, T, N, row, filled)
             c = _states(c_ptr, sequence, t, T, N, row, filled)
-            kept = tl.exp2(step[:, None, :, None] * rate[None, :, :, :])
+            kept = _decays(step, rate)
             new = _outer(step * x, b)
             p = new
             for i in tl.static_range(TILE_T):

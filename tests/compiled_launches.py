@@ -43,9 +43,9 @@ KERNELS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
     ],
     "low_rank.states": [("low_rank", "_low_rank_states", {**HEADS, "FULL_K": WIDTH})],
     "low_rank.gradients": [("low_rank", "_low_rank_gradients", {**HEADS, "FULL_K": WIDTH})],
-    "low_rank.solve": [("low_rank", "_solve", LOW_RANK)],
+    "low_rank.solve": [("low_rank_solve", "_solve", LOW_RANK)],
     "low_rank.direct": [("low_rank", "_direct", HALVES)],
-    "low_rank.solve_gradients": [("low_rank", "_solve_gradients", LOW_RANK)],
+    "low_rank.solve_gradients": [("low_rank_solve", "_solve_gradients", LOW_RANK)],
     "diagonal_scan": [
         ("diagonal_scan", "_forward", {"FIXED": False}),
         ("diagonal_scan", "_backward", {"FIXED": False}),
@@ -85,7 +85,7 @@ CHIPS = dict.fromkeys(
 )
 """The chips, for a test, of kernels that take long and of those that no chip lays out in a way of
 its own, because they multiply no tiles: the one with the least memory. `main` takes all."""
-SHORTER = ("vector_decay", "low_rank")
+SHORTER = ("vector_decay", "low_rank", "low_rank_solve")
 """Modules whose float32 tiles do not fit a chip in chunks of 64."""
 
 

@@ -24,6 +24,7 @@ from compiled import SHARED_KIB, compiled, parsed
 from offsets import wrapping_offsets
 
 from mendel.kernels.backend import HAS_TRITON, Unsupported, choose, use_backend
+from mendel.kernels.bench_cases import FORMS, Case, function_of, pinned
 from mendel.kernels.long_conv import long_conv
 from mendel.kernels.matrix_state import matrix_state
 
@@ -86,7 +87,7 @@ NO_STEP = {f"{p}_ptr": None for p in ("a", "b", "beta", "bonus", "log_decay", "s
 FIRST = {"DECAY": False, "prefix_ptr": None, "H": 1, "N": 1}
 """What a launch turns into constants: one head, one chunk, no decay."""
 
-SLOW = ("vector_decay", "low_rank", "delta_solve")
+SLOW = ("vector_decay", "low_rank", "low_rank_solve", "delta_solve")
 """Modules whose products by halves take long to compile: on the chip with the least memory."""
 PLAIN: list[tuple[str, str, dict[str, Any]]] = [
     (
@@ -103,7 +104,7 @@ PLAIN: list[tuple[str, str, dict[str, Any]]] = [
     ("vector_decay", "_decayed", {"K": 128, "C": 64, "TILE_K": 64, "END": False, "PRE": True}),
     ("vector_decay", "_outputs", {**HALVES, **SHORT, "PRE": False, "bonus_ptr": None}),
     ("vector_decay", "_gradients", {**HALVES, **SHORT, "PRE": False, "bonus_ptr": None}),
-    ("low_rank", "_solve", {**INSIDE, **SHORT, "k_ptr": None, "PRECISION": "tf32x3"}),
+    ("low_rank_solve", "_solve", {**INSIDE, **SHORT, "k_ptr": None, "PRECISION": "tf32x3"}),
     ("low_rank", "_direct", {**INSIDE, **SHORT}),
     (
         "low_rank",
@@ -111,7 +112,7 @@ PLAIN: list[tuple[str, str, dict[str, Any]]] = [
         {**ACROSS, "H": 1, "N": 1, "late_k_ptr": None, "start_ptr": None},
     ),
     (
-        "low_rank",
+        "low_rank_solve",
         "_solve_gradients",
         {**INSIDE, **SHORT, "k_ptr": None, "dk_ptr": None, "PRECISION": "tf32x3"},
     ),
@@ -157,6 +158,31 @@ def test_what_the_kernels_do_not_serve(width: int, dtype: torch.dtype, reason: s
     assert caught.value.others == ("definition", "chunked")
     with use_backend("triton"), pytest.raises(Unsupported, match=r"long_conv.*it has no kernel"):
         long_conv(x[:, :, 0], x[0, :, 0])
+
+
+@pytest.mark.parametrize(("op", "form"), FORMS)
+def test_every_kernel_refuses_and_says_who_serves(
+    op: str, form: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of a CPU, float64 and too wide heads: the reason, and the backends that do serve."""
+    import triton
+
+    size = {"selective_scan": 4, "linear_cross_entropy": 9, "moe_permute": 2}.get(op, 0)
+
+    def refused(reason: str, width: int, dtype: torch.dtype, size: int = size) -> None:
+        case = Case(op, form, 1, 5, 2, width, dtype, size)
+        with pytest.raises(Unsupported, match=reason) as caught:
+            pinned(function_of(case), "triton")(**case.inputs("cpu"))
+        assert caught.value.others == ("definition", "chunked")
+
+    refused("tensors are on a CUDA device, not on cpu", 8, torch.bfloat16)
+    # Past the check of the device; none of the cases gets as far as a launch.
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    refused("inputs are float32, bfloat16 or float16, not float64", 8, torch.float64)
+    if op in ("matrix_state", "delta_rule"):
+        refused("K is at most 256, not 264", 264, torch.bfloat16)
+    if op == "selective_scan":
+        refused("N is at most 256, not 300", 8, torch.bfloat16, 300)
 
 
 def test_limits_of_the_kernels() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from interpreter import quick_calls
+from poison import poisoned
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -106,8 +107,10 @@ DECODED = [f"{name}-decoded" for name, case in CASES.items() if case[2] <= STEP_
 FLOAT16: dict[str, tuple[str, str | None]] = {
     "matrix_state-float16": ("matrix_state", "scalar"),
     "matrix_state-vector-float16": ("matrix_state", "vector"),
+    "matrix_state-preread-float16": ("matrix_state", "preread"),
     "delta_rule-float16": ("delta_rule", None),
     "delta_rule-vector-float16": ("delta_rule", "vector"),
+    "low_rank-float16": ("delta_rule", "diagonal-low-rank"),
     "diagonal_scan-float16": ("diagonal_scan", None),
 }
 HALF = list(FLOAT16)
@@ -181,12 +184,6 @@ def error(have: Tensor, want: Tensor) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     quick_calls()
-    real_empty = torch.empty
-
-    def poisoned(*shape: Any, **options: Any) -> Tensor:
-        t = real_empty(*shape, **options)
-        return t.fill_(torch.nan) if t.is_floating_point() else t
-
     # Short chunks, so that a short sequence has several and the last is not full.
     kernels = (triton_matrix_state, triton_delta_rule, triton_vector_decay)
     results = {}
@@ -196,24 +193,21 @@ def main() -> None:
         for module in kernels:
             module.CHUNK = 64 if size == "halves" else 16
         triton_vector_decay.CHUNK_FLOAT32 = triton_vector_decay.CHUNK
-        torch.empty = poisoned  # type: ignore[assignment]
-        have = run(op, given, "triton")
-        torch.empty = real_empty
+        with poisoned():
+            have = run(op, given, "triton")
         want = run(op, given, "definition")
         results[name] = {part: error(have[part], want[part]) for part in want}
         if tokens <= STEP_TOKENS:
-            with torch.no_grad():
-                torch.empty = poisoned  # type: ignore[assignment]
-                with use_backend("triton"):
-                    out, final = OPS[op](**given)
-                torch.empty = real_empty
+            with torch.no_grad(), poisoned(), use_backend("triton"):
+                out, final = OPS[op](**given)
             results[name + "-decoded"] = {
                 "out": error(out, want["out"]),
                 "final": error(final, want["final"]),
             }
     for name, (op, form) in FLOAT16.items():
         case = Case(op, form, 1, 65, 2, 24, torch.float16)
-        results[name] = check(case, "triton", "cpu")
+        with poisoned():
+            results[name] = check(case, "triton", "cpu")
     json.dump(results, sys.stdout)
 
 

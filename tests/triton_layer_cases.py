@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from interpreter import quick_calls
+from poison import poisoned
 from torch import Tensor
 
 from mendel.kernels import linear_cross_entropy as loss_module
@@ -188,11 +189,6 @@ def error(have: Tensor, want: Tensor) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     quick_calls()
-    real_empty, real_like = torch.empty, torch.empty_like
-
-    def poison(t: Tensor) -> Tensor:
-        return t.fill_(torch.nan) if t.is_floating_point() else t
-
     # Pieces of 128 rows, so that a case has several.
     loss_module.PIECE_BYTES["cpu"] = 1
     # Few programs for the rows' gradients, so that each walks over several tiles of them.
@@ -206,11 +202,8 @@ def main() -> None:
                 n: t.to(dtype) if t is not None and t.is_floating_point() else t
                 for n, t in given.items()
             }
-            torch.empty = lambda *s, **o: poison(real_empty(*s, **o))  # type: ignore[assignment]
-            torch.empty_like = lambda *s, **o: poison(real_like(*s, **o))  # type: ignore[assignment]
-            with use_tuning(pins={"rms_norm": Config((256,), 4, 1)}):
+            with poisoned(), use_tuning(pins={"rms_norm": Config((256,), 4, 1)}):
                 have = run(op, rounded, options, "triton", dtype)
-            torch.empty, torch.empty_like = real_empty, real_like
             want = run(op, rounded, options, "definition", torch.float32)
             assert have.keys() == want.keys()
             key = name if dtype == torch.float32 else name + "-float16"
