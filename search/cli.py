@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from importlib.metadata import version
@@ -156,4 +157,6 @@ def _mistake(error: Exception, message: str, command: str = "mendel") -> int:
 
 def main() -> None:
     """The entry point `mendel`."""
+    # What a cluster's scheduler sends ends a command as Ctrl-C does: nothing half-written stays.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     raise SystemExit(run())

@@ -7,12 +7,11 @@ from typing import Annotated
 import typer
 
 from ..genome import presets
-from ..genome.files import from_dict
 from ..genome.genome import Genome
 from ..genome.notation import show as notation
 from .describe import counting, describe, stream_text
 from .options import WHAT, AsJson, Context, Depth, Dtype, Width, examples
-from .source import Source, find_genome
+from .source import Source, find_genome, genome_of
 from .terminal import Mistake, print_hanging, print_json, print_table, say_wrapped
 from .units import bytes_text, count_text
 
@@ -108,7 +107,8 @@ def _preset(
     if width is None and depth is None:
         for trial in run.trials:
             if trial.baseline == name:
-                own = Source(name, name, from_dict(trial.genome), run, trial)
+                genome = genome_of(trial, f"{run.study.name}:{trial.number}")
+                own = Source(name, name, genome, run, trial)
                 return own, f"{name} is the baseline of {run.study.name}, trial {trial.number}."
     width = beside.genome.width if width is None else width
     depth = run.study.space.depth[1] if depth is None else depth

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..genome.cost import DEFAULT_CONTEXT, cost
-from ..genome.files import from_dict
-from ..primitives.base import DTYPES
+from ..genome.files import GenomeFileError, from_dict
+from ..primitives.base import DTYPES, GeneError
 from . import loads
 from .figures import curves_figure, hypervolume_figure
 from .figures_front import front_figure
@@ -215,6 +215,16 @@ def _hypervolume(page: Page, found: Outcome) -> None:
     )
 
 
+def _picture(trial: TrialRecord, context: int, dtype: str) -> str:
+    """The drawing of a trial; a sentence where this version cannot read its genome."""
+    try:
+        genome = from_dict(trial.genome)
+        drawn = outline(genome, cost(genome, context, DTYPES[dtype]))
+    except (GenomeFileError, GeneError) as error:
+        return text("p", f"This version of mendel cannot draw it: {error}", "note")
+    return picture(drawn, f"architecture of trial {trial.number}")
+
+
 def _winners(page: Page, run: RunView, found: Outcome) -> None:
     own = [t for t in found.front if t.baseline is None]
     page.add(text("h2", "The winners"))
@@ -224,15 +234,13 @@ def _winners(page: Page, run: RunView, found: Outcome) -> None:
     own.sort(key=lambda t: t.number != found.knee)
     context, dtype = _context(found.goals)
     for trial in own[:MOST_WINNERS]:
-        genome = from_dict(trial.genome)
-        counted = cost(genome, context, DTYPES[dtype])
         mark = ", the knee of the front" if trial.number == found.knee else ""
         page.add(
             '<div class="card">',
             text("h3", f"Trial {trial.number}{mark}"),
             f"<p><code>{escape(trial.notation)}</code></p>",
             '<div class="split">',
-            picture(outline(genome, counted), f"architecture of trial {trial.number}"),
+            _picture(trial, context, dtype),
             "<div>",
             _facts(run, trial, found, context, dtype),
             "</div></div>",

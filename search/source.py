@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..genome import presets, published, star
-from ..genome.files import from_dict, load
+from ..genome.files import GenomeFileError, from_dict, load
 from ..genome.genome import Genome
 from ..genome.header import DEFAULT_WIDTH
 from ..genome.notation import parse
@@ -87,7 +87,7 @@ def _find(text: str, width: int | None, depth: int | None) -> Source:
         run = find_run(match["run"])
         trial = run.trial(int(match["trial"]))
         name = trial.baseline or f"{run.study.name}:{trial.number}"
-        return Source(text, name, from_dict(trial.genome), run, trial)
+        return Source(text, name, genome_of(trial, text), run, trial)
     if _STAR.fullmatch(text):
         if depth is not None:
             raise Mistake("--depth is for presets; STAR's integers have the slots that they name")
@@ -108,6 +108,15 @@ def _find(text: str, width: int | None, depth: int | None) -> Source:
     if depth is not None:
         raise Mistake("--depth is for presets; a notation has the slots that it names")
     return Source(text, "genome", parse(text, width=DEFAULT_WIDTH if width is None else width))
+
+
+def genome_of(trial: TrialRecord, text: str) -> Genome:
+    """A trial's genome; `text` says whose it is. Raises Mistake where another version wrote what
+    this one cannot read."""
+    try:
+        return from_dict(trial.genome)
+    except GenomeFileError as error:
+        raise Mistake(f"{text}: {error}") from None
 
 
 def _planned(path: Path) -> Genome:

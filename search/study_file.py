@@ -52,12 +52,12 @@ class StudyFile:
             raise StudyError(f"{path}: there is no such file") from None
         except (OSError, UnicodeDecodeError) as error:
             raise StudyError(f"{path}: cannot be read: {_reason(error)}") from None
-        loader = _Loader(text)
         try:
+            loader = _Loader(text)
             root = loader.get_single_node()
             if not isinstance(root, yaml.MappingNode):
                 raise StudyError(f"{path}:1:1: a study is a mapping of keys to values")
-            _refuse_duplicates(path, root)
+            _refuse_duplicates(path, root, set())
             data = loader.construct_document(root)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
@@ -66,8 +66,8 @@ class StudyFile:
             raise StudyError(f"{path}{place}: not valid YAML: {problem}") from None
         except yaml.YAMLError as error:
             raise StudyError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-        finally:
-            loader.dispose()
+        except RecursionError:
+            raise StudyError(f"{path}: it is nested too deep") from None
         for dotted, value in overrides.items():
             _override(path, data, dotted, value)
         if overrides:
@@ -154,10 +154,14 @@ def _reason(error: Exception) -> str:
     return error.strerror or str(error) if isinstance(error, OSError) else "it is not UTF-8 text"
 
 
-def _refuse_duplicates(path: Path, node: yaml.Node) -> None:
+def _refuse_duplicates(path: Path, node: yaml.Node, looked: set[int]) -> None:
+    # An alias is the node of its anchor, maybe one that it stands in.
+    if id(node) in looked:
+        return
+    looked.add(id(node))
     if isinstance(node, yaml.SequenceNode):
         for child in node.value:
-            _refuse_duplicates(path, child)
+            _refuse_duplicates(path, child, looked)
     if not isinstance(node, yaml.MappingNode):
         return
     seen: dict[str, yaml.Mark] = {}
@@ -170,7 +174,7 @@ def _refuse_duplicates(path: Path, node: yaml.Node) -> None:
                     f"twice, first in line {seen[key.value].line + 1}"
                 )
             seen[key.value] = mark
-        _refuse_duplicates(path, child)
+        _refuse_duplicates(path, child, looked)
 
 
 def _override(path: Path, data: dict[str, Any], dotted: str, value: Any) -> None:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +167,29 @@ def test_an_export_is_no_genome_but_has_one(
         assert (code, out) == (2, "")
         assert err == "mendel: mine is an export of mendel; its genome is mine/genome.yaml\n"
     assert call("show", "mine/genome.yaml")[0] == 0
+
+
+ENDED = """
+import os, signal, sys, time
+from mendel.search import cli
+from mendel.search.exports import folder
+
+ended = signal.Signals[sys.argv.pop()]
+
+def seal(*_):
+    os.kill(os.getpid(), ended)
+    time.sleep(60)
+
+folder.seal = seal
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_export_that_is_ended_leaves_nothing(name: str, tmp_path: Path) -> None:
+    arguments = ["export", "mamba2", "--out", "deep/out", name]
+    done = subprocess.run(
+        [sys.executable, "-c", ENDED, *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (130, "mendel: interrupted\n")
+    assert list(tmp_path.iterdir()) == []

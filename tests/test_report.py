@@ -15,6 +15,7 @@ from mendel.search.front import outcome_dict, outcome_of, shown_value
 from mendel.search.pareto import as_losses
 from mendel.search.report import report, write_report
 from mendel.search.run import RunView, open_run
+from mendel.search.source import find_genome
 from mendel.search.store import RunStore
 from mendel.search.terminal import Mistake
 
@@ -118,6 +119,25 @@ def test_an_empty_run_has_a_report_too(tmp_path: Path) -> None:
     page = "".join(Reader(report(open_run(study.folder))).text)
     assert "no front yet" in page
     assert "new" in page
+
+
+def newer(tmp_path: Path) -> RunView:
+    """A run whose genomes another version wrote."""
+    folder = made_run(tmp_path)
+    events = folder / "events.jsonl"
+    text = events.read_text()
+    assert '"grammar":1' in text
+    events.write_text(text.replace('"grammar":1', '"grammar":99'))
+    return open_run(folder)
+
+
+def test_genomes_of_another_version_are_not_drawn_but_told(tmp_path: Path) -> None:
+    run = newer(tmp_path)
+    page = " ".join(Reader(report(run)).text)
+    assert "This version of mendel cannot draw it: grammar 99 is newer than" in page
+    trial = outcome_of(run).front[0]
+    with pytest.raises(Mistake, match=f"made:{trial.number}: grammar 99 is newer"):
+        find_genome(f"{run.folder}:{trial.number}")
 
 
 def test_the_front_is_not_dominated_and_dominates_the_rest(run: RunView) -> None:

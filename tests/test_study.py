@@ -1,5 +1,6 @@
 """A wrong study is refused with one line that names the place, and nothing is created."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,31 @@ def test_a_file_that_is_missing(tmp_path: Path) -> None:
         load_study(tmp_path / "absent.yaml")
     with pytest.raises(StudyError, match="cannot be read"):
         load_study(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[" * 20_000, "it is nested too deep"),
+        ("name: &a [*a]", "name: it should be a valid string"),
+        ('name: "\0"', "not valid YAML: unacceptable character"),
+        # Lists of lists of lists: a walk through every path would take minutes.
+        (
+            "a: &a [x, x, x, x, x, x, x, x, x]\n"
+            + "".join(
+                f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in pairwise("abcdefghijkl")
+            ),
+            "a: there is no such key",
+        ),
+    ],
+)
+def test_yaml_at_its_worst(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    with pytest.raises(StudyError) as error:
+        load_study(path)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_an_empty_space(tmp_path: Path) -> None:
