@@ -184,6 +184,8 @@ def parallel_figure(
     figure.update_xaxes(
         tickvals=list(range(len(columns))),
         ticktext=[escape(label) for label in labels],
+        # Upright where they do not fit; askew the last ones would be cut.
+        autotickangles=[0, 90],
         showgrid=False,
         showline=False,
         ticks="",
@@ -234,9 +236,9 @@ def occupancy_figure(found: Occupancy) -> go.Figure:
     )
     figure.add_hline(y=found.mean, line={"color": ORANGE, "dash": "dash", "width": 1.5})
     figure.add_annotation(
-        x=1,
+        x=0.5,
         xref="paper",
-        xanchor="right",
+        xanchor="center",
         # Under the line, where the filled area is and no curve runs.
         y=found.mean - 0.01,
         yanchor="top",

@@ -42,6 +42,7 @@ margin:16px 0}
 .split>svg{max-width:100%;height:auto;flex:0 1 auto}
 .split>div{flex:1 1 280px;min-width:0}
 .plot{width:100%}
+@media (max-width:600px){.plot .annotation:has(.annotation-arrow-g){display:none}}
 .tiles{display:flex;flex-wrap:wrap;gap:12px;margin:18px 0 6px}
 .tile{border:1px solid var(--line);border-radius:10px;padding:10px 16px;min-width:120px}
 .tile b{display:block;font-size:22px;line-height:1.2}

@@ -104,6 +104,28 @@ def test_axes_are_chosen_and_the_plot_follows(visit: Visit) -> None:
     visit.shoot("front-space")
 
 
+def test_a_narrow_window_cuts_nothing(visit: Visit) -> None:
+    names = ".annotation:has(.annotation-arrow-g)"
+    visit.open("/front?run=made", "#front-graph .point")
+    assert visit.page.locator(f"#front-graph {names}:visible").count() > 3
+    visit.page.set_viewport_size({"width": 420, "height": 900})
+    assert visit.page.locator(f"#front-graph {names}:visible").count() == 0
+    for view in ("front", "trial", "compare", "matters", "budget"):
+        visit.open(f"/{view}?run=made")
+        visit.page.wait_for_selector(".js-plotly-plot .main-svg")
+        wide = visit.page.evaluate("document.documentElement.scrollWidth - innerWidth")
+        assert wide <= 0, view
+    visit.open("/matters?run=made", "#matters-parallel .xtick")
+    # plotly draws labels that would leave the plot transparent.
+    shown = visit.page.evaluate(
+        """() => [...document.querySelectorAll('#matters-parallel .xtick text')]
+            .filter(t => getComputedStyle(t).opacity > 0 && getComputedStyle(t).display != 'none')
+            .map(t => t.textContent)"""
+    )
+    assert {"cache_bytes ↓", "latency_decode ↓"} <= set(shown)
+    visit.shoot("narrow-matters")
+
+
 def _choose(visit: Visit, control: str, option: str) -> None:
     visit.page.click(f"#{control}")
     visit.page.get_by_role("option", name=option).or_(
@@ -377,5 +399,7 @@ def test_every_trouble_is_a_sentence(browser: Browser, tmp_path: Path) -> None:
                     visit.sees(words)
                     if view in ("front", "trial"):
                         visit.shoot(f"robust-{name.strip('./')}-{view}")
+            visit.open("/front?run=broken")
+            visit.sees("unreadable", "#where")
             visit.open("/trial?run=under-way&trial=7", "main h1")
             visit.sees("The run has no trial 7")

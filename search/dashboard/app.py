@@ -185,7 +185,10 @@ def _nav(path: str, key: str | None) -> list[Child]:
 def _where(watched: Watched | None, key: str | None) -> list[Child]:
     if watched is None:
         return [f"run {key}"] if key else []
-    badge = html.Span(watched.state, className=f"badge {watched.state}")
+    if watched.view is None:
+        badge = html.Span("unreadable", className="badge failed")
+    else:
+        badge = html.Span(watched.state, className=f"badge {watched.state}")
     return ["run ", html.B(watched.key), " ", badge]
 
 
