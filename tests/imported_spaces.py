@@ -82,8 +82,8 @@ SPACES: dict[str, Space] = {
         "head_dim": (16, 24),
         "num_experts": (4, 6),
         "linear_conv_kernel_dim": (4, 3),
-        "linear_key_head_dim": (16, 8),
-        "linear_value_head_dim": (16, 24),
+        "linear_key_head_dim": (32, 16),
+        "linear_value_head_dim": (32, 48),
         "linear_num_key_heads": (2, 4),
         "linear_num_value_heads": (4, 8),
         "full_attention_interval": (2, 3),
@@ -284,7 +284,6 @@ SPACES: dict[str, Space] = {
         "ffn_proj_factor": (2.667, 1.3),
         "ffn_round_up_to_multiple_of": (64, 8),
         "gate_soft_cap": (15.0, 10.0),
-        "weight_mode": ("single", "fused"),
     },
     "kimi_linear": {
         **ENDS,

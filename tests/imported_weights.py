@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers
+from imported_layers import renamed, special
 from reference_weights import Weights, joined, load, of, scatter
 from torch import Tensor, nn
 
@@ -14,6 +15,9 @@ from mendel.genome.model import LanguageModel
 from mendel.primitives.recurrent_parts import EPS
 
 AUTO: Any = transformers.AutoModelForCausalLM
+
+DELTAS = ("qwen3_next", "kimi_linear")
+"""Families whose gated norm has the epsilon of the layers' norms here too."""
 
 LATENT_HEADS, ROTARY = 4, 8
 """Of every latent attention in these tests."""
@@ -24,8 +28,11 @@ BEFORE = ("input_layernorm", "operator_norm", "norm", "temporal_pre_norm")
 SECOND = ("pre_feedforward_layernorm", "pre_ff_layernorm", "ffn_norm", "post_attention_layernorm")
 
 
-def operator(t: Weights) -> Weights:
+def operator(t: Weights, config: Any) -> Weights:
     """A layer of theirs as ours, whose kind its weights tell."""
+    own = special(t, config)
+    if own is not None:
+        return own
     t = {
         name.replace("layernorm", "norm").replace("out_proj", "o_proj"): v for name, v in t.items()
     }
@@ -118,16 +125,16 @@ def apart(t: Weights) -> list[Weights]:
     return [{k: v for k, v in t.items() if not k.startswith("shared.")}, of(t, "shared")]
 
 
-def layer(t: Weights) -> list[tuple[str, str | None, list[Weights]]]:
+def layer(t: Weights, config: Any) -> list[tuple[str, str | None, list[Weights]]]:
     """Slots of a layer: the name of the norm before, of the one after, and the operators."""
     sandwich = "pre_feedforward_layernorm.weight" in t
     first = next(name for name in BEFORE if f"{name}.weight" in t)
-    mixers = [operator(of(t, name)) for name in MIXERS if of(t, name)]
+    mixers = [operator(of(t, name), config) for name in MIXERS if of(t, name)]
     after = "post_attention_layernorm" if sandwich else None
     slots = [(first, after, mixers)]
     second = next((name for name in SECOND if f"{name}.weight" in t), None)
     if second is not None:
-        channels = [mlp(of(t, name)) for name in CHANNELS if of(t, name)]
+        channels = [operator(of(t, name), config) for name in CHANNELS if of(t, name)]
         experts, shared = of(t, "block_sparse_moe"), of(t, "shared_mlp")
         if experts:
             beside = {f"shared.{name}": w for name, w in mlp(shared).items()}
@@ -147,24 +154,29 @@ def models(config: Any, genome: Genome) -> tuple[nn.Module, LanguageModel]:
     torch.manual_seed(0)
     theirs = AUTO.from_config(config)
     for module in theirs.modules():
-        if "RMSNormGated" in type(module).__name__:
+        if "RMSNormGated" in type(module).__name__ and config.model_type not in DELTAS:
             module.variance_epsilon = EPS
         if "NemotronH" in type(module).__name__ and hasattr(module, "time_step_limit"):
             module.time_step_limit = (0.0, float("inf"))
     w = scatter(theirs)
     root = next(iter(w)).split(".")[0]
-    # Gemma's scale is 1 + w; the factor sqrt(D) after its embedding stands in our tables.
-    gemma = config.model_type.startswith("gemma")
-    unit, factor = (1.0, config.hidden_size**0.5) if gemma else (0.0, 1.0)
+    # Gemma's factor sqrt(D) after the embedding stands in our tables.
+    gemma = "gemma" in config.model_type
+    unit = 1.0 if gemma or config.model_type == "qwen3_next" else 0.0
+    """Of scales 1 + w."""
+    factor = config.hidden_size**0.5 if gemma else 1.0
+    if config.model_type == "recurrent_gemma":
+        factor = float(torch.tensor(factor, dtype=torch.bfloat16))
     layers = getattr(config, "layers_block_type", range(config.num_hidden_layers))
+    stack = "blocks" if config.model_type == "xlstm" else "layers"
     operators: list[Weights] = []
     norms: list[Tensor] = []
     ends: Weights = {}
     for i in range(len(layers)):
-        t = of(w, f"{root}.layers.{i}")
+        t = renamed(of(w, f"{root}.{stack}.{i}"))
         if config.model_type == "llama4_text":
             t = halves(t, config.head_dim)
-        for before, after, branches in layer(t):
+        for before, after, branches in layer(t, config):
             if after is not None:
                 ends[f"blocks.{len(norms)}.after.weight"] = unit + t[f"{after}.weight"]
             slot = genome.slots[len(norms)]
@@ -174,7 +186,7 @@ def models(config: Any, genome: Genome) -> tuple[nn.Module, LanguageModel]:
         for norm in ("q_norm.weight", "k_norm.weight"):
             if norm in t:
                 t[norm] = unit + t[norm]
-    rest = {k: v for k, v in of(w, root).items() if not k.startswith("layers.")}
+    rest = {k: v for k, v in of(w, root).items() if not k.startswith(f"{stack}.")}
     table, final = rest.values()
     # A head of its own does not have the table's factor.
     ends["embedding.weight"] = factor * table
