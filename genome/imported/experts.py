@@ -275,6 +275,8 @@ def llama4(f: Fields) -> Genome:
     f.known("floor_scale", "attn_scale")
     turns, far = rope(f), dict[str, Gene](position="none")
     if f.flag("use_qk_norm"):
+        if turns.get("rope_scaling") == "yarn":
+            f.note("a norm after RoPE, which takes away YaRN's factor on queries and keys")
         turns |= {"qk_norm": True, "norm_scales": False}
     chunk: dict[str, Gene] = {}
     if "chunked" in kinds:
