@@ -8,6 +8,16 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from imported_layers import (
+    clamped_experts,
+    gated_attention,
+    gated_delta,
+    gated_lru,
+    glu,
+    mlstm,
+    sink_attention,
+)
+from imported_weights import mlp
 from reference_weights import VOCAB, Weights, attention, check, joined, load, of, scatter, tokens
 
 
@@ -39,22 +49,11 @@ def test_recurrentgemma() -> None:
     )
     w = scatter(theirs)
 
-    def recurrent(t: Weights) -> Weights:
-        found = joined(t, "in_proj", "linear_y", "linear_x") | joined(t, "out_proj", "linear_out")
-        for kind in ("weight", "bias"):
-            both = [t[f"rg_lru.{gate}_gate_{kind}"] for gate in ("input", "recurrent")]
-            found[f"block_gates.{kind}"] = torch.cat(both, -1)
-        found["rg_lru.decay"] = t["rg_lru.recurrent_param"]
-        return found | {
-            "conv.weight": t["conv_1d.weight"].squeeze(1),
-            "conv.bias": t["conv_1d.bias"],
-        }
-
     operators, norms = [], []
     for i in range(4):
         layer = of(w, f"model.layers.{i}")
         mixer, mlp = of(layer, "temporal_block"), of(layer, "mlp_block")
-        operators.append(attention(mixer) if i == 2 else recurrent(mixer))
+        operators.append(attention(mixer) if i == 2 else gated_lru(mixer))
         operators.append(
             joined(mlp, "entry", "gate_proj", "up_proj") | joined(mlp, "exit", "down_proj")
         )
@@ -93,16 +92,7 @@ def test_xlstm() -> None:
     operators, norms = [], []
     for i in range(2):
         layer = of(w, f"backbone.blocks.{i}")
-        mixer, mlp = of(layer, "mlstm_layer"), of(layer, "ffn")
-        operators.append(
-            joined(mixer, "in_proj", "q", "k", "v", "ogate_preact")
-            | joined(mixer, "gates", "igate_preact", "fgate_preact")
-            | joined(mixer, "norm", "multihead_norm")
-            | joined(mixer, "out_proj", "out_proj")
-        )
-        operators.append(
-            joined(mlp, "entry", "proj_up_gate", "proj_up") | joined(mlp, "exit", "proj_down")
-        )
+        operators += [mlstm(of(layer, "mlstm_layer")), glu(of(layer, "ffn"))]
         norms += [layer[f"norm_{part}.weight"] for part in ("mlstm", "ffn")]
     ends = {
         "embedding.weight": w["backbone.embeddings.weight"],
@@ -139,26 +129,10 @@ def test_gpt_oss() -> None:
     )
     w = scatter(theirs)
 
-    def experts(t: Weights) -> Weights:
-        # Gate and up alternate there, and matrices are (E, in, out).
-        entry, bias = t["experts.gate_up_proj"], t["experts.gate_up_proj_bias"]
-        return {
-            "router.weight": t["router.weight"],
-            "router.bias": t["router.bias"],
-            "experts.entry": torch.cat((entry[..., ::2], entry[..., 1::2]), -1).mT,
-            "experts.entry_bias": torch.cat((bias[..., ::2], bias[..., 1::2]), -1),
-            "experts.exit": t["experts.down_proj"].mT,
-            "experts.exit_bias": t["experts.down_proj_bias"],
-        }
-
     operators, norms = [], []
     for i in range(2):
         layer = of(w, f"model.layers.{i}")
-        mixer = of(layer, "self_attn")
-        operators += [
-            attention(mixer) | {"scoring.sinks": mixer["sinks"]},
-            experts(of(layer, "mlp")),
-        ]
+        operators += [sink_attention(of(layer, "self_attn")), clamped_experts(of(layer, "mlp"))]
         norms += [layer[f"{part}_layernorm.weight"] for part in ("input", "post_attention")]
     yarn = "rope_scaling=yarn, rope_factor=32, rope_original=4096, rope_rounded=false"
     heads = "gpt-oss-attention(heads=4, kv_heads=2, head_dim=24, window=9"
@@ -195,45 +169,14 @@ def test_qwen3_next() -> None:
     )
     w = scatter(theirs)
 
-    def delta(t: Weights) -> Weights:
-        # They keep the rows of a key head together.
-        qkvz = t["in_proj_qkvz.weight"].view(2, -1, 64).split([16, 16, 64, 64], 1)
-        ba = t["in_proj_ba.weight"].view(2, -1, 64).split([2, 2], 1)
-        return {
-            "in_proj.weight": torch.cat([part.flatten(0, 1) for part in (*qkvz, *ba)]),
-            "conv.weight": t["conv1d.weight"].squeeze(1),
-            "dt.A_log": t["A_log"],
-            "dt.bias": t["dt_bias"],
-            "norm.weight": t["norm.weight"],
-            "out_proj.weight": t["out_proj.weight"],
-        }
-
-    def gated_attention(t: Weights) -> Weights:
-        # Every head's queries and gate stand together.
-        queries, gate = t["q_proj.weight"].view(4, 2, 32, 64).unbind(1)
-        rows = [queries.flatten(0, 1), t["k_proj.weight"], t["v_proj.weight"], gate.flatten(0, 1)]
-        return {
-            "entry.weight": torch.cat(rows),
-            "exit.weight": t["o_proj.weight"],
-            "q_norm.weight": 1 + t["q_norm.weight"],
-            "k_norm.weight": 1 + t["k_norm.weight"],
-        }
-
-    def experts(t: Weights) -> Weights:
-        return {
-            "router.weight": t["gate.weight"],
-            "experts.entry": t["experts.gate_up_proj"],
-            "experts.exit": t["experts.down_proj"],
-            **joined(t, "shared.entry", "shared_expert.gate_proj", "shared_expert.up_proj"),
-            **joined(t, "shared.exit", "shared_expert.down_proj"),
-            "shared_gate": t["shared_expert_gate.weight"],
-        }
-
     layers = [of(w, f"model.layers.{i}") for i in range(2)]
-    mixers = [delta(of(layers[0], "linear_attn")), gated_attention(of(layers[1], "self_attn"))]
+    full = gated_attention(of(layers[1], "self_attn"), 32)
+    for norm in ("q_norm.weight", "k_norm.weight"):
+        full[norm] = 1 + full[norm]
+    mixers = [gated_delta(of(layers[0], "linear_attn"), theirs.config), full]
     operators, norms = [], []
     for layer, mixer in zip(layers, mixers, strict=True):
-        operators += [mixer, experts(of(layer, "mlp"))]
+        operators += [mixer, mlp(of(layer, "mlp"))]
         norms += [1 + layer[f"{part}_layernorm.weight"] for part in ("input", "post_attention")]
     moe = "moe(experts=8, top_k=3, expansion=0.25, shared=1, shared_gate=true, balance=none)"
     ends = untied(w)
