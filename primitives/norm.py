@@ -103,7 +103,7 @@ class RMSNorm(nn.RMSNorm):
 class HeadsNorm(RMSNorm):
     """RMSNorm over the channels of all heads together: x (..., H, K), one scale per channel.
 
-    OLMoE's norm of queries and of keys (Muennighoff et al., arXiv 2409.02060, 4.2.5).
+    OLMoE's norm of queries and of keys (Muennighoff et al., arXiv 2409.02060).
     """
 
     def __init__(self, heads: int, head_dim: int) -> None:

@@ -130,7 +130,7 @@ def test_a_loss_beside_the_bias() -> None:
 
 @pytest.mark.parametrize("computed", [0.0, 2.5])
 def test_the_proportional_bias_is_longcats(computed: float) -> None:
-    """arXiv 2509.01322, eq. 2, as a loop; special experts' biases stay."""
+    """arXiv 2509.01322, as a loop; special experts' biases stay."""
     module = made("longcat-moe", experts=5, copy=4, top_k=3, bias_rate=0.3, computed=computed)
     router, expected = module.router, [0.0] * 9
     for seed in range(4):

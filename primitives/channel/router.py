@@ -250,7 +250,7 @@ class Router(nn.Module):
         """Close a training step with these choices of each expert, and draw anew.
 
         bias (arXiv 2408.15664): b_e moves by `bias_rate` with the sign of the mean load minus e's.
-        proportional (LongCat-Flash, 2509.01322, 2.1.1): by `bias_rate` times the share of choices
+        proportional (LongCat-Flash, 2509.01322): by `bias_rate` times the share of choices
         that it should have, K_e / (K N) for each of N experts, minus the one that it had. Special
         experts keep theirs: what the others leave is their share.
         """
