@@ -33,6 +33,7 @@ def primitives(
         if as_json:
             print_json([_primitive_dict(p) for p in CATALOGUE])
             return
+        longest = max(len(point.name) for p in CATALOGUE for point in p.points)
         rows = [
             [p.name, p.kind, p.summary, ", ".join(point.name for point in p.points)]
             for p in CATALOGUE
@@ -41,6 +42,7 @@ def primitives(
             ["primitive", "kind", "what it is", "named points"],
             rows,
             fold=["what it is", "named points"],
+            narrow={"named points": 1 + longest},
         )
         return
     primitive, point = find(name)

@@ -101,8 +101,10 @@ def print_table(
     styles: Sequence[str | None] | None = None,
     fold: Iterable[str] = (),
     title: str | None = None,
+    narrow: Mapping[str, int] | None = None,
 ) -> None:
-    """A table; `right` columns hold numbers, `fold` columns may break over lines."""
+    """A table; `right` columns hold numbers, `fold` columns may break over lines. Those in `narrow`
+    have so many characters below a hundred columns, so that the others make room for them."""
     numbers, folded = set(right), set(fold)
     table = Table(
         box=SIMPLE_HEAD if unicode_works() else ASCII,
@@ -118,6 +120,7 @@ def print_table(
             justify="right" if name in numbers else "left",
             no_wrap=name not in folded,
             overflow="fold" if name in folded else "ellipsis",
+            width=(narrow or {}).get(name) if console().width < 100 else None,
         )
     for i, row in enumerate(rows):
         style = styles[i] if styles is not None else None

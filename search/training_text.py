@@ -72,7 +72,7 @@ def training_plan(
         None if tokens is None else read_size("--tokens", tokens),
         RATIO if ratio is None else ratio,
         UTILISATION if mfu is None else mfu,
-        tuple(find_device(name) for name in ([device] if device else COMMON)),
+        tuple(find_device(name) for name in (COMMON if device is None else [device])),
     )
 
 

@@ -168,6 +168,13 @@ def test_published_models_are_listed_and_shown(call: Call) -> None:
     assert (code, len(err.splitlines())) == (2, 1)
 
 
+def test_no_name_of_the_list_is_cut(call: Call) -> None:
+    out = call("primitives")[1]
+    assert max(map(len, out.splitlines())) <= 80
+    words = set(out.replace(",", " ").split())
+    assert {p.name for each in CATALOGUE for p in (each, *each.points)} <= words
+
+
 def test_one_preset_is_explained(call: Call) -> None:
     code, out, _ = call("presets", "samba-like")
     assert code == 0

@@ -122,6 +122,7 @@ def test_show_says_what_training_costs(call: Call) -> None:
         (["--ratio", "0"], "--ratio is a number of tokens above 0, not 0"),
         (["--mfu", "1.5"], "--mfu is a share above 0 and at most 1, not 1.5"),
         (["--device", "TPU"], "no device is named 'TPU'"),
+        (["--device", ""], "no device is named ''"),
     ],
 )
 def test_mistakes_about_training_are_one_line(call: Call, options: list[str], words: str) -> None:
