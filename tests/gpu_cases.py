@@ -32,10 +32,12 @@ from mendel.kernels.bench_cases import (
     TOLERANCE,
     Case,
     check,
+    compared,
     forward_and_backward,
     function_of,
     pinned,
     relative_error,
+    results,
     upstream,
 )
 from mendel.kernels.bench_processes import side_by_side
@@ -127,7 +129,7 @@ def real(device: str, op: str, form: str | None, dtype: torch.dtype) -> Errors:
         if not torch.equal(value, again[part]):
             raise AssertionError(f"{part} differs between two runs: a race")
     right = forward_and_backward(reference, exact, douts)
-    return {part: relative_error(have[part], right[part]) for part in right if part in have}
+    return compared(have, right)
 
 
 def decoding(device: str, op: str, form: str | None, dtype: torch.dtype) -> Errors:
@@ -139,9 +141,7 @@ def decoding(device: str, op: str, form: str | None, dtype: torch.dtype) -> Erro
         with poisoned():
             have = pinned(function_of(case), kernel_of(device))(**inputs)
         want = pinned(function_of(case), "definition")(**exact)
-    return {
-        name: relative_error(h, w) for name, h, w in zip(("out", "final"), have, want, strict=True)
-    }
+    return compared(results(have), results(want))
 
 
 def far_rows(device: str) -> Errors:

@@ -47,8 +47,9 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_chunked_forms_pass_their_check(op: str, form: str | None, dtype: torch.dtype) -> None:
     for tokens in (20,) if op in STATELESS else (1, 20):
         errors = check(Case(op, form, 1, tokens, 2, 8, dtype, SIZE.get(op, 0)), "chunked", "cpu")
-        assert "out" in errors
-        assert len(errors) >= 3
+        # Decoding asks for no gradients.
+        assert errors.keys() >= ({"out", "final"} if tokens == 1 else {"out"})
+        assert (len(errors) >= 3) == (tokens > 1)
         assert max(errors.values()) <= TOLERANCE[dtype], errors
 
 

@@ -6,6 +6,11 @@ allocation of shared memory, which takes a fraction of the time.
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from compiled import MATRIX_INSTRUCTION, SHARED_KIB, TILE_PRODUCT, compiled
 from compiled_launches import CHIPS, KERNELS, WIDTH, WITHOUT_PRODUCTS, lay_out, source
@@ -14,6 +19,7 @@ from offsets import wrapping_offsets
 
 from mendel.kernels.autotune import Config
 from mendel.kernels.backend import HAS_TRITON, WIDEST
+from mendel.kernels.bench_cases import FORMS
 from mendel.kernels.launches import CHOICES
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
@@ -73,6 +79,26 @@ def test_every_width_fits(name: str) -> None:
         found = lay_out(name, 0, config, 80, width=width, inputs=inputs, aligned=aligned)
         assert found.shared <= SHARED_KIB[80] * 1024, (width, inputs, aligned)
         assert found.matrix == (name not in WITHOUT_PRODUCTS), (width, inputs, aligned)
+
+
+def test_what_the_operators_launch() -> None:
+    """All forms, training and decoding: what a GPU would be asked to compile.
+
+    The lists above are written by hand; this is what Triton is given.
+    """
+    script = Path(__file__).with_name("launched.py")
+    ran = subprocess.run(
+        [sys.executable, str(script), "bfloat16", "16"], capture_output=True, text=True, timeout=600
+    )
+    rows = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert [row for row in rows if row["wrong"]] == [], ran.stderr[-2000:]
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert {(row["op"], row["form"]) for row in rows} == set(FORMS)
+    seen = {kernel for row in rows for kernel in row["kernels"]}
+    assert seen == {f"triton_{m}.{f}" for kernels in KERNELS.values() for m, f, _ in kernels}
+    for row in rows:
+        if row["tokens"] == 1 and row["op"] in ("matrix_state", "delta_rule"):
+            assert row["kernels"] == ["triton_step._step"]
 
 
 @pytest.mark.parametrize("capability", [80, 90])
