@@ -130,6 +130,13 @@ def test_the_imported_genome_gives_the_logits_of_the_library(more: dict[str, Any
     check(ours.double(), theirs.double()(tokens()).logits)
 
 
+def test_a_scaling_of_rope_is_told() -> None:
+    """The block has no axes of it."""
+    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    found = imported.read({**SMALL, "use_mem_rope": True, "rope_parameters": scaled})
+    assert "a scaling of RoPE (linear)" in found.differs
+
+
 SHARED = (
     "{width=32} gqa(heads=2) > [shared-block(heads=2, rank=3, weights=@a) | mamba2(heads=2)]"
     "(join=chain) > [shared-block(heads=2, rank=3, weights=@a) | mamba2(heads=2)](join=chain)"

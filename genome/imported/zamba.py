@@ -10,7 +10,7 @@ from ..resolve import letters
 from .fields import STACK, ConfigurationError, Fields, family, op
 from .mamba import STARTS
 from .parts import activation, expansion, layers, mamba2_heads
-from .turns import rope, without_rope
+from .turns import rope_base, without_rope
 
 KINDS = {"mamba": "mamba", "linear_attention": "mamba", "hybrid": "hybrid"}
 """Layers' kinds in older files and in newer ones."""
@@ -73,7 +73,7 @@ def _block(f: Fields) -> Op:
         )
     genes: dict[str, Gene] = {} if kv_heads == heads else {"kv_heads": kv_heads}
     if f.flag("use_mem_rope"):
-        genes |= rope(f)
+        genes |= rope_base(f)
         if f.flag("use_long_context"):
             f.note("a scaling of RoPE (use_long_context)")
     without_rope(f)
