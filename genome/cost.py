@@ -52,11 +52,11 @@ def cost(
     known: dict[Config, Cost] = {}
     slots = []
     for slot, row in zip(genome.slots, configs(genome), strict=True):
-        own = block_params(genome, slot, row)
+        beside = block_params(genome, slot, row)
         inside = passing(slot.tokens, context) if slot.tokens != 1 else context
         share = inside / context
         gate, depth = (2.0 * genome.width * rows for rows in router_rows(genome, slot))
-        total = Cost(own, own, depth + gate * share)
+        total = Cost(beside, beside, depth + gate * share)
         for op, config in zip(slot.branches, row, strict=True):
             if config not in known:
                 known[config] = config.cost(context, dtype)

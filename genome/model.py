@@ -147,7 +147,10 @@ class LanguageModel(nn.Module):
             if state is not None:
                 state.operators[i][j] = new
             if label is not None and carry is not None and carry.later:
-                handed.setdefault(label, []).append(carry.later)
+                if block.join == "chain":
+                    lent[label] = carry.later
+                else:
+                    handed.setdefault(label, []).append(carry.later)
         for label, branches in handed.items():
             # Of parallel operators the mean, because their order means nothing.
             lent[label] = [

@@ -7,6 +7,9 @@ embedding; without norms, and in nGPT, it has no effect.
 f(norm(x)), post (1706.03762) norm(x + f(x)), sandwich (2105.13290) x + norm(f(norm(x))). With
 `norm=none` the placement has no effect.
 
+In a chain (`join=chain`) f's later branches read norm(x + y_before), with y_before the output of
+the branch before, neither normed nor scaled; in nGPT unit(x + unit(y_before)).
+
 `residual`, where y is what the forms above add:
 
 - plain: x + y.

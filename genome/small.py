@@ -15,6 +15,7 @@ from ..primitives.base import Gene
 from .genome import BYTE_VOCAB, Genome, Op, Slot
 from .resolve import genes_of, own_genes, primitive_of
 from .rules import violations
+from .sharing import prune, rows_of, with_rows
 
 WIDTH = 64
 LAYERS = 4
@@ -60,19 +61,17 @@ class SmallError(ValueError):
 
 
 def small(genome: Genome) -> Genome:
-    """The genome in small, with bytes as its alphabet. Raises SmallError where it is not valid."""
-    slots = _layers(genome)
-    made = replace(
-        genome,
-        width=WIDTH,
-        vocab=BYTE_VOCAB,
-        tied=True,
-        slots=tuple(replace(s, branches=tuple(_op(op) for op in s.branches)) for s in slots),
-    )
-    broken = violations(made)
+    """The genome in small, with bytes as its alphabet; the slots that stay share what they shared.
+
+    Raises SmallError where it is not valid.
+    """
+    left = replace(genome, width=WIDTH, vocab=BYTE_VOCAB, tied=True, slots=tuple(_layers(genome)))
+    made = with_rows(left, [[_op(op) for op in row] for row in rows_of(left)])
+    alone = [[Op(op.name, op.genes) for op in row] for row in rows_of(made)]
+    broken = violations(with_rows(made, alone))
     if broken:
         raise SmallError(f"in small, at width {WIDTH}: {broken[0]}")
-    return made
+    return prune(made)
 
 
 def _op(op: Op) -> Op:
@@ -83,7 +82,7 @@ def _op(op: Op) -> Op:
         found = own[name] if _keeps(name, genes, own) else _gene(name, value, genes)
         if found != own[name]:
             written[name] = found
-    return Op(op.name, tuple(written.items()))
+    return replace(op, genes=tuple(written.items()))
 
 
 def _gene(name: str, value: Gene, genes: Mapping[str, Gene]) -> Gene:

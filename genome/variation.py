@@ -274,7 +274,10 @@ def _parallel(genome: Genome, space: Space, rng: np.random.Generator) -> Child |
     new = sample_op(allowed, allowed.mixers, allowed.label, choose)
     join = slot.join if len(slot.branches) > 1 else choose("join", space.join)
     words = f"parallel: {new.name} beside {slot.branches[0].name} in slot {i}"
-    grown = replace(slot, branches=(*slot.branches, new), join=join)
+    count = len(slot.branches)
+    # In a chain alone it matters where.
+    at = int(rng.integers(count + 1)) if join == "chain" else count
+    grown = replace(slot, branches=(*slot.branches[:at], new, *slot.branches[at:]), join=join)
     return _with_slot(genome, i, grown), words
 
 

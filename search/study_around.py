@@ -60,6 +60,7 @@ space:
 {others}\
   pattern: {pattern}
 {parallel}\
+{sharing}\
   constraints:
     params: {{max: {budget}}}      # {ratio:g} times the small model's
 
@@ -118,6 +119,9 @@ def study_around(genome: Genome, family: str, source: str, file: Path) -> str:
     if joins:
         parallel = f"  parallel: {{branches: {branches}, share: 0.5}}\n"
         parallel += f"  join: [{', '.join(joins)}]\n"
+    ops = [op for *_, op in genome.ops()]
+    shared = [kind for kind in ("weights", "features") if any(getattr(op, kind) for op in ops)]
+    sharing = f"  sharing: {{{', '.join(f'{kind}: true' for kind in shared)}}}\n" if shared else ""
     text = TEXT.format(
         family=family,
         source=" ".join(source.split()),
@@ -136,6 +140,7 @@ def study_around(genome: Genome, family: str, source: str, file: Path) -> str:
         if even
         else "free                # any operator in any slot; or: alternate",
         parallel=parallel,
+        sharing=sharing,
         budget=int(BUDGET * cost(little).total.params),
         ratio=BUDGET,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -19,8 +20,11 @@ from mendel.genome.hash import canonical_hash
 from mendel.genome.notation import parse
 from mendel.genome.reversible import plain_streams
 from mendel.genome.rules import violations
+from mendel.genome.small import small
+from mendel.genome.space_check import read_space
+from mendel.genome.variation import mutate
 from mendel.primitives.attention.shared_block import SharedBlock, SharedBlockConfig
-from mendel.primitives.base import own_params
+from mendel.primitives.base import Carry, own_params
 
 SMALL: dict[str, Any] = {
     "model_type": "zamba2",
@@ -207,6 +211,59 @@ def test_a_chain_is_its_branches_one_after_the_other(placement: str) -> None:
         stream = block.after(e + c) if placement == "post" else e + block.after(c)
         expected = model.final_norm(stream) @ model.embedding.weight.T
         assert error(model(x)[0], expected) < 1e-12
+
+
+@pytest.mark.parametrize("join", ["chain", "sum"])
+def test_what_is_handed_on_goes_from_branch_to_branch_of_a_chain_alone(join: str) -> None:
+    """Scores of RealFormer: the second branch adds those of the first, the next slot the last."""
+    torch.manual_seed(0)
+    block = "realformer(heads=2)"
+    genome = parse(f"{{width=32}} [{block} | {block}](join={join}) > {block}")
+    model = build(genome).double().eval()
+    x = tokens(9) % 32
+    chain = join == "chain"
+    with torch.no_grad():
+        e = model.embedding(x)
+        first, second = Carry(None), Carry(None)
+        a = model.operators[0](model.blocks[0].before(e), None, first)[0]
+        if chain:
+            second = Carry(first.later)
+        b = model.operators[1](model.blocks[0].before(e + a if chain else e), None, second)[0]
+        h = e + (b if chain else a + b)
+        mean = [(p + q) / 2 for p, q in zip(first.later, second.later, strict=True)]
+        last = Carry(second.later if chain else mean)
+        h = h + model.operators[2](model.blocks[1].before(h), None, last)[0]
+        expected = model.final_norm(h) @ model.embedding.weight.T
+        assert error(model(x)[0], expected) < 1e-12
+
+
+def test_a_search_puts_a_branch_anywhere_in_a_chain() -> None:
+    space = read_space(
+        {
+            "width": 32,
+            "depth": 1,
+            "operators": {"mamba2": {"heads": [2]}, "gla": {"heads": [2]}},
+            "pattern": "free",
+            "parallel": {"branches": 2, "share": 0.5},
+            "join": ["chain"],
+        }
+    )
+    genome, rng = parse("{width=32} mamba2(heads=2)"), np.random.default_rng(0)
+    made = [mutate(genome, space, rng, ["parallel"])[0].slots[0] for _ in range(32)]
+    orders = {tuple(op.name for op in slot.branches) for slot in made}
+    assert {("gla", "mamba2"), ("mamba2", "gla")} <= orders
+
+
+def test_in_small_a_model_shares_what_it_shared() -> None:
+    hybrid = "[shared-block(heads=8, weights=@{}) | mamba2](join=chain)"
+    a, b = hybrid.format("a"), hybrid.format("b")
+    assert small(parse(f"{{width=512}} {a}*2 > mamba2*2")) == parse(
+        "{width=64} [shared-block(weights=@a) | mamba2(key_dim=16)](join=chain)*2"
+        " > mamba2(key_dim=16)*2"
+    )
+    # One of two blocks that are called alone shares with nobody.
+    lone = small(parse(f"{{width=512}} {a} > {b} > mamba2*20 > {a} > {b}"))
+    assert [op.weights for *_, op in lone.ops()] == [None] * 5
 
 
 def test_order_means_something_in_a_chain_alone() -> None:
