@@ -11,7 +11,7 @@ import transformers
 from reference_weights import VOCAB, Weights, check, error, joined, load, of, scatter, tokens
 from torch import Tensor
 
-from mendel.genome import imported
+from mendel.genome import imported, presets
 from mendel.genome.build import build
 from mendel.genome.check import TOLERANCE, difference
 from mendel.genome.cost import cost
@@ -264,6 +264,14 @@ def test_in_small_a_model_shares_what_it_shared() -> None:
     # One of two blocks that are called alone shares with nobody.
     lone = small(parse(f"{{width=512}} {a} > {b} > mamba2*20 > {a} > {b}"))
     assert [op.weights for *_, op in lone.ops()] == [None] * 5
+
+
+@pytest.mark.parametrize(("width", "depth"), [(64, 6), (64, 8), (768, 24)])
+def test_the_preset_shares_its_block(width: int, depth: int) -> None:
+    genome = presets.load("zamba-like", width, depth)
+    blocks = [op for *_, op in genome.ops() if op.name == "zamba2-block"]
+    assert len(blocks) > 1
+    assert all(op.weights is not None for op in blocks)
 
 
 def test_order_means_something_in_a_chain_alone() -> None:
