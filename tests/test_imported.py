@@ -196,6 +196,10 @@ def test_nonsense_there_too(name: str) -> None:
     [
         ({"model_type": "lama"}, "model_type 'lama' is not read; did you mean llama"),
         ({"model_type": "zamba"}, "model_type 'zamba' is no genome: its Mamba has heads with"),
+        (
+            {"model_type": "zamba2"},
+            "num_hidden_layers is 32: without layers_block_type the class has 54",
+        ),
         ({"model_type": None}, "model_type is null; it is one of llama"),
         ({"hidden_size": "4096"}, "hidden_size is a whole number of at least 1, not '4096'"),
         (

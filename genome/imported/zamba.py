@@ -39,6 +39,8 @@ def zamba2(f: Fields) -> Genome:
     f.never("add_bias_linear")
     f.known(*DERIVED, *STARTS, "use_mem_eff_path")
     f.neutral("time_step_min", None, 0, what="a least step size in the library's Mamba-2")
+    if not f.given("layers_block_type") and f.get("num_hidden_layers") != 54:
+        raise f.refuse("num_hidden_layers", "without layers_block_type the class has 54")
     kinds = layers(f, KINDS, lambda i: "hybrid" if i in HYBRIDS else "mamba", "layers_block_type")
     if not f.flag("tie_word_embeddings") and kinds.count("hybrid") > 1:
         raise f.refuse("tie_word_embeddings", "the library then shares no block either")
