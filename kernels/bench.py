@@ -238,7 +238,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     parser.add_argument("--op", choices=sorted({*OPS, "attention"}), help="only this operator")
     parser.add_argument("--minutes", type=float, default=8.0, help="end within so many")
-    parser.add_argument("--resume", action="store_true", help="keep the rows that --out has")
+    parser.add_argument("--resume", action="store_true", help="keep what --out has timed")
     parser.add_argument("--tune", action="store_true", help="choose launches by time first")
     parser.add_argument(
         "--workers", type=int, help="processes that check (0: this one; the rule without a GPU)"

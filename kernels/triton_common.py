@@ -119,6 +119,14 @@ def decay_gradient(dprefix: Tensor, log_decay: Tensor, tokens: int, size: int) -
 
 @triton.jit
 @no_type_check
+def rows(ptr, token, t, T, row, K: tl.constexpr):
+    """x of the tokens t (C,) in the channels `row`, zero where there are none."""
+    inside = (t[:, None] >= 0) & (t[:, None] < T) & (row[None, :] < K)
+    return tl.load(ptr + token[:, None] * K + row[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+@no_type_check
 def decay_between(high, low, C: tl.constexpr):
     """exp(G_i - G_j) where j <= i, else 0, from the two parts of G, (C,) each."""
     place = tl.arange(0, C)

@@ -29,6 +29,7 @@ from .triton_common import (
     full_tile,
     half_stride,
     on_device_of,
+    rows,
     split_prefix,
     tile,
 )
@@ -235,11 +236,7 @@ def _delta_states(
             u.to(erase.dtype),
             mask=(t[:, None] < T) & (column[None, :] < V),
         )
-        k = tl.load(
-            k_ptr + token[None, :] * K + row[:, None],
-            mask=(t[None, :] < T) & (row[:, None] < K),
-            other=0.0,
-        )
+        k = rows(k_ptr, token, t, T, row, K)
         if DECAY:
             high = tl.load(sums + t)
             low = tl.load(sums + half + t)
@@ -248,7 +245,7 @@ def _delta_states(
             # Tokens are weighed in the narrower factor of the product.
             u *= tl.exp((end - high) + (end_low - low))[:, None]
             S = S * tl.exp(end)
-        S += tl.dot(k, u.to(erase.dtype), input_precision=DOT)
+        S += tl.dot(tl.trans(k), u.to(erase.dtype), input_precision=DOT)
     tl.store(last_ptr + bh * K * V + entry, S, mask=there)
 
 
@@ -280,14 +277,9 @@ def _delta_gradients(
         chunk = bh * N + n
         t = n * C + place
         token = (b * T + t) * H + h
-        inside = (t[:, None] < T) & (row[None, :] < K)
-        q = tl.load(q_ptr + token[:, None] * K + row[None, :], mask=inside, other=0.0)
-        k = tl.load(k_ptr + token[:, None] * K + row[None, :], mask=inside, other=0.0)
-        do = tl.load(
-            do_ptr + token[:, None] * V + column[None, :],
-            mask=(t[:, None] < T) & (column[None, :] < V),
-            other=0.0,
-        )
+        q = rows(q_ptr, token, t, T, row, K)
+        k = rows(k_ptr, token, t, T, row, K)
+        do = rows(do_ptr, token, t, T, column, V)
         erase = tl.load(
             erase_ptr + (chunk * C + place)[:, None] * K + row[None, :],
             mask=(row < K)[None, :],

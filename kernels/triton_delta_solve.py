@@ -23,9 +23,9 @@ from .triton_common import (
     full_tile,
     half_stride,
     on_device_of,
+    rows,
     split_prefix,
 )
-from .triton_halves import rows
 from .triton_low_rank_solve import precision, unit_inverse
 
 

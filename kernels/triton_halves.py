@@ -10,15 +10,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from .triton_common import DOT
-
-
-@triton.jit
-@no_type_check
-def rows(ptr, token, t, T, row, K: tl.constexpr):
-    """x of the tokens t (C,) in the channels `row`, zero where there are none."""
-    inside = (t[:, None] >= 0) & (t[:, None] < T) & (row[None, :] < K)
-    return tl.load(ptr + token[:, None] * K + row[None, :], mask=inside, other=0.0)
+from .triton_common import DOT, rows
 
 
 @triton.jit

@@ -27,8 +27,9 @@ from .triton_common import (
     common_dtype,
     full_tile,
     on_device_of,
+    rows,
 )
-from .triton_halves import pair_scores, rows
+from .triton_halves import pair_scores
 from .triton_low_rank_solve import _solve, _solve_gradients, precision
 from .triton_step import step, step_serves
 from .triton_vector_decay import _outputs, chunk_size, decayed, gradients, launch_chunks

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import DOT, LENGTHS
-from .triton_halves import level_pairs, pair_scores, rows, sums_since, sums_until
+from .triton_common import DOT, LENGTHS, rows
+from .triton_halves import level_pairs, pair_scores, sums_since, sums_until
 
 
 def precision(x: Tensor) -> str:

@@ -31,6 +31,7 @@ from .triton_common import (
     full_tile,
     half_stride,
     on_device_of,
+    rows,
     tile,
 )
 from .triton_step import step, step_serves
@@ -233,16 +234,8 @@ def _states(
         tl.store(stored, S.to(states_ptr.dtype.element_ty), mask=there)
         t = n * C + place
         token = (b * T + t) * H + h
-        x = tl.load(
-            x_ptr + token[None, :] * K + row[:, None],
-            mask=(t[None, :] < T) & (row[:, None] < K),
-            other=0.0,
-        )
-        y = tl.load(
-            y_ptr + token[:, None] * V + column[None, :],
-            mask=(t[:, None] < T) & (column[None, :] < V),
-            other=0.0,
-        )
+        x = rows(x_ptr, token, t, T, row, K)
+        y = rows(y_ptr, token, t, T, column, V)
         if DECAY:
             high = tl.load(sums + t)
             end = tl.load(sums + n * C + C - 1)
@@ -252,9 +245,9 @@ def _states(
                 low = tl.load(sums + half + t)
                 end_low = tl.load(sums + half + n * C + C - 1)
                 weight = tl.exp((end - high) + (end_low - low))
-            x = (x * weight[None, :]).to(y.dtype)
+            y = (y * weight[:, None]).to(x.dtype)
             S = S * tl.exp(end)
-        S += tl.dot(x, y, input_precision=DOT) * scale
+        S += tl.dot(tl.trans(x), y, input_precision=DOT) * scale
     tl.store(last_ptr + bh * K * V + entry, S, mask=there)
 
 
@@ -276,17 +269,9 @@ def _outputs(
     scores = tl.zeros((C, C), dtype=tl.float32)
     for first in range(0, K, TILE_K):
         row = first + tl.arange(0, TILE_K)
-        q = tl.load(
-            q_ptr + token[:, None] * K + row[None, :],
-            mask=(t[:, None] < T) & (row[None, :] < K),
-            other=0.0,
-        )
-        k = tl.load(
-            k_ptr + token[None, :] * K + row[:, None],
-            mask=(t[None, :] < T) & (row[:, None] < K),
-            other=0.0,
-        )
-        scores += tl.dot(q, k, input_precision=DOT)
+        q = rows(q_ptr, token, t, T, row, K)
+        k = rows(k_ptr, token, t, T, row, K)
+        scores += tl.dot(q, tl.trans(k), input_precision=DOT)
     if DECAY:
         sums = prefix_ptr + b * prefix_stride + h * N * C + t
         high = tl.load(sums)
@@ -303,18 +288,14 @@ def _outputs(
         read = tl.zeros((C, TILE_V), dtype=tl.float32)
         for first in range(0, K, TILE_K):
             row = first + tl.arange(0, TILE_K)
-            q = tl.load(
-                q_ptr + token[:, None] * K + row[None, :],
-                mask=(t[:, None] < T) & (row[None, :] < K),
-                other=0.0,
-            )
+            q = rows(q_ptr, token, t, T, row, K)
             S = tl.load(
                 before_ptr + (bh * N + n) * K * V + row[:, None] * V + column[None, :],
                 mask=(row[:, None] < K) & (column[None, :] < V),
                 other=0.0,
             )
             read += tl.dot(q, S, input_precision=DOT)
-        v = tl.load(v_ptr + spot, mask=inside, other=0.0)
+        v = rows(v_ptr, token, t, T, column, V)
         o = tl.dot(scores, v, input_precision=DOT) + read * since_start[:, None]
         tl.store(o_ptr + spot, o.to(o_ptr.dtype.element_ty), mask=inside)
 
@@ -344,18 +325,14 @@ def _gradients(
     scores = tl.zeros((C, C), dtype=tl.float32)
     for first in range(0, K, TILE_K):
         row = first + tl.arange(0, TILE_K)
-        spot = token[:, None] * K + row[None, :]
-        inside = (t[:, None] < T) & (row[None, :] < K)
-        q = tl.load(q_ptr + spot, mask=inside, other=0.0)
-        k = tl.load(k_ptr + spot, mask=inside, other=0.0)
+        q = rows(q_ptr, token, t, T, row, K)
+        k = rows(k_ptr, token, t, T, row, K)
         scores += tl.dot(q, tl.trans(k), input_precision=DOT)
     dscores = tl.zeros((C, C), dtype=tl.float32)
     for first_v in range(0, V, TILE_V):
         column = first_v + tl.arange(0, TILE_V)
-        spot = token[:, None] * V + column[None, :]
-        inside = (t[:, None] < T) & (column[None, :] < V)
-        do = tl.load(do_ptr + spot, mask=inside, other=0.0)
-        v = tl.load(v_ptr + spot, mask=inside, other=0.0)
+        do = rows(do_ptr, token, t, T, column, V)
+        v = rows(v_ptr, token, t, T, column, V)
         dscores += tl.dot(do, tl.trans(v), input_precision=DOT)
     if DECAY:
         sums = prefix_ptr + b * prefix_stride + h * N * C
@@ -387,20 +364,18 @@ def _gradients(
         dk = tl.zeros((C, TILE_K), dtype=tl.float32)
         for first_v in range(0, V, TILE_V):
             column = first_v + tl.arange(0, TILE_V)
-            spot_v = token[:, None] * V + column[None, :]
-            inside_v = (t[:, None] < T) & (column[None, :] < V)
             entry = state + row[:, None] * V + column[None, :]
             there = (row[:, None] < K) & (column[None, :] < V)
             S = tl.load(before_ptr + entry, mask=there, other=0.0)
             dS = tl.load(dafter_ptr + entry, mask=there, other=0.0)
-            do = tl.load(do_ptr + spot_v, mask=inside_v, other=0.0)
-            v = tl.load(v_ptr + spot_v, mask=inside_v, other=0.0)
+            do = rows(do_ptr, token, t, T, column, V)
+            v = rows(v_ptr, token, t, T, column, V)
             dq += tl.dot(do, tl.trans(S), input_precision=DOT)
             dk += tl.dot(v, tl.trans(dS), input_precision=DOT)
             if DECAY:
                 dend += kept * tl.sum(S.to(tl.float32) * dS.to(tl.float32))
-        q = tl.load(q_ptr + spot, mask=inside, other=0.0)
-        k = tl.load(k_ptr + spot, mask=inside, other=0.0)
+        q = rows(q_ptr, token, t, T, row, K)
+        k = rows(k_ptr, token, t, T, row, K)
         dk *= to_end[:, None]
         if DECAY:
             dend += tl.sum(k.to(tl.float32) * dk)
@@ -420,17 +395,13 @@ def _gradients(
         dv = tl.zeros((C, TILE_V), dtype=tl.float32)
         for first in range(0, K, TILE_K):
             row = first + tl.arange(0, TILE_K)
-            k = tl.load(
-                k_ptr + token[:, None] * K + row[None, :],
-                mask=(t[:, None] < T) & (row[None, :] < K),
-                other=0.0,
-            )
+            k = rows(k_ptr, token, t, T, row, K)
             dS = tl.load(
                 dafter_ptr + state + row[:, None] * V + column[None, :],
                 mask=(row[:, None] < K) & (column[None, :] < V),
                 other=0.0,
             )
             dv += tl.dot(k, dS, input_precision=DOT)
-        do = tl.load(do_ptr + spot_v, mask=inside_v, other=0.0)
+        do = rows(do_ptr, token, t, T, column, V)
         dv = dv * to_end[:, None] + tl.dot(tl.trans(scores), do, input_precision=DOT)
         tl.store(dv_ptr + spot_v, dv.to(dtype), mask=inside_v)

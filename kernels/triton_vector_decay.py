@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .autotune import kinds, tuned
-from .triton_common import DOT, LENGTHS, full_tile, on_device_of, tile
-from .triton_halves import level_pairs, pair_scores, rows, sums_since, sums_until
+from .triton_common import DOT, LENGTHS, full_tile, on_device_of, rows, tile
+from .triton_halves import level_pairs, pair_scores, sums_since, sums_until
 
 CHUNK = 64
 """Tokens of a chunk; a short sequence takes the power of two that holds it."""

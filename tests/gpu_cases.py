@@ -43,6 +43,7 @@ from mendel.kernels.bench_cases import (
 from mendel.kernels.bench_processes import side_by_side
 from mendel.kernels.matrix_state import matrix_state
 from mendel.kernels.rms_norm import rms_norm
+from mendel.primitives.channel import experts
 
 Errors = dict[str, float]
 LATE = "not done in time"
@@ -168,6 +169,27 @@ def far_heads(device: str) -> Errors:
     return {"out": relative_error(whole, alone)}
 
 
+def grouped(device: str, dtype: torch.dtype) -> Errors:
+    """torch's grouped product around our rows, and its gradients, against one product per expert;
+    an expert has no rows."""
+    sizes = torch.tensor([70, 0, 1, 200, 29], device=device)
+    ends = sizes.cumsum(0).to(torch.int32)
+    draw = torch.Generator(device).manual_seed(0)
+    rows, weight, dout = (
+        torch.randn(*shape, generator=draw, device=device).to(dtype)
+        for shape in ((300, 64), (5, 96, 64), (300, 96))
+    )
+    found = []
+    for form, kind in (("grouped", dtype), ("segments", torch.float64)):
+        leaves = [t.to(kind).requires_grad_() for t in (rows, weight)]
+        out = experts._product(*leaves, ends, form)
+        found.append((out.detach(), *torch.autograd.grad(out, leaves, dout.to(kind))))
+    return {
+        name: relative_error(have, want)
+        for name, have, want in zip(("out", "drows", "dweight"), *found, strict=True)
+    }
+
+
 def tuning(device: str, dtype: torch.dtype) -> Errors:
     """With launches chosen by time: as correct, and on a GPU the choices are kept."""
     case = case_of(device, "matrix_state", "scalar", dtype)
@@ -216,6 +238,8 @@ def _cases(device: str) -> Iterator[tuple[str, tuple[torch.dtype, Callable[[], E
     yield from every("small", small, half, main)
     yield from every("real", real, half)
     yield from every("decoding", decoding, half)
+    for dtype in sizes.dtypes:
+        yield f"grouped product {str(dtype)[6:]}", (dtype, partial(grouped, device, dtype))
     yield "tuning", (half, partial(tuning, device, half))
     yield from every("small", small, exact, main)
     for width in sorted({*sizes.widths} - {main}, reverse=True):
