@@ -174,6 +174,8 @@ import os, signal, sys, time
 from mendel.search import cli
 from mendel.search.exports import folder
 
+# A shell's job in the background begins with the signal ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ended = signal.Signals[sys.argv.pop()]
 
 def seal(*_):

@@ -17,7 +17,7 @@ POINTS = [
     for point in row.points
     if point.view is not None and point.name not in BOUNDED
 ]
-FAMILIES = ("attention", "mlp", "moe")
+FAMILIES = ("attention", "shared-block", "mlp", "moe")
 """The primitives beside the recurrence family: their points have no place in its view."""
 LOOPS = ("lstm", "gru", "bilstm", "bigru", "slstm")
 """Their only form is the loop over tokens."""
