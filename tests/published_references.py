@@ -42,8 +42,6 @@ GRANITE: dict[str, Any] = {
     "position_embedding_type": "nope",
     "tie_word_embeddings": True,
 }
-FALCON: dict[str, Any] = {"head_dim": 64}
-"""An attribute that the class reads and does not declare."""
 REFERENCES: dict[str, Any] = {
     "llama-4-scout": lambda: transformers.Llama4TextConfig(),
     "olmoe-1b-7b": lambda: transformers.OlmoeConfig(intermediate_size=1024),
@@ -67,41 +65,8 @@ REFERENCES: dict[str, Any] = {
         num_attention_heads=32,
         intermediate_size=10752,
     ),
-    "falcon-h1-7b": lambda: transformers.FalconH1Config(
-        vocab_size=130049,
-        hidden_size=3072,
-        intermediate_size=12288,
-        num_hidden_layers=44,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        **{**FALCON, "head_dim": 128},
-        mamba_d_ssm=3072,
-        mamba_n_heads=24,
-        mamba_d_head=128,
-        mamba_n_groups=1,
-        mamba_d_state=256,
-        mamba_d_conv=4,
-        mamba_rms_norm=True,
-        mamba_norm_before_gate=False,
-    ),
-    "falcon-h1-0.5b": lambda: transformers.FalconH1Config(
-        vocab_size=32784,
-        hidden_size=1024,
-        intermediate_size=2048,
-        num_hidden_layers=36,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        **FALCON,
-        mamba_d_ssm=1536,
-        mamba_n_heads=24,
-        mamba_d_head=64,
-        mamba_n_groups=1,
-        mamba_d_state=128,
-        mamba_d_conv=4,
-        mamba_rms_norm=False,
-        mamba_norm_before_gate=False,
-        tie_word_embeddings=False,
-    ),
+    "falcon-h1-0.5b": lambda: falcon_h1((1024, 2048), 36, (8, 64), (24, 64, 128), 32784, False),
+    "falcon-h1-7b": lambda: falcon_h1((3072, 12288), 44, (12, 128), (24, 128, 256), 130049, True),
     "granite-4.0-h-micro": lambda: transformers.GraniteMoeHybridConfig(
         **GRANITE,
         hidden_size=2048,
@@ -174,6 +139,38 @@ REFERENCES: dict[str, Any] = {
     "nemotron-nano-9b-v2": lambda: nemotron(NANO_9B, (4480, 15680), 40, (128, 80, 128)),
     "nemotron-nano-12b-v2": lambda: nemotron(NANO_12B, (5120, 20480), 40, (128, 80, 128)),
 }
+
+
+def falcon_h1(
+    widths: tuple[int, int],
+    layers: int,
+    heads: tuple[int, int],
+    mamba: tuple[int, int, int],
+    vocab: int,
+    normed: bool,
+) -> transformers.PreTrainedConfig:
+    """`widths` of the stream and the MLP; heads and their width; heads, width of a head and state
+    of Mamba-2, and whether it norms."""
+    # The class reads the width of a head and does not declare it.
+    own: dict[str, Any] = {"head_dim": heads[1]}
+    return transformers.FalconH1Config(
+        vocab_size=vocab,
+        hidden_size=widths[0],
+        intermediate_size=widths[1],
+        num_hidden_layers=layers,
+        num_attention_heads=heads[0],
+        num_key_value_heads=2,
+        **own,
+        mamba_d_ssm=mamba[0] * mamba[1],
+        mamba_n_heads=mamba[0],
+        mamba_d_head=mamba[1],
+        mamba_n_groups=1,
+        mamba_d_state=mamba[2],
+        mamba_d_conv=4,
+        mamba_rms_norm=normed,
+        mamba_norm_before_gate=False,
+        tie_word_embeddings=False,
+    )
 
 
 def zamba2(

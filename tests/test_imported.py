@@ -184,11 +184,21 @@ def test_published_models_of_flash_linear_attention_are_their_genomes(name: str)
 
 
 @pytest.mark.parametrize("name", FLA)
-def test_nonsense_there_too(name: str) -> None:
+def test_nonsense_there_is_a_sentence_and_no_field_swallows_it(name: str) -> None:
+    usual = _outcome(FLA[name])
     for field in FAMILIES[FLA[name]["model_type"]].defaults:
-        for nonsense in NONSENSE:
-            with suppress(ConfigurationError):
-                imported.read({**FLA[name], field: nonsense})
+        # Any error but a refusal fails the test.
+        found = {_outcome({**FLA[name], field: nonsense}) for nonsense in NONSENSE}
+        assert found - {usual}, field
+
+
+def _outcome(values: dict[str, Any]) -> str | tuple[str, tuple[str, ...]]:
+    """The refusal, or what is made of a configuration."""
+    try:
+        found = imported.read(values)
+    except ConfigurationError as refusal:
+        return str(refusal)
+    return canonical_hash(found.genome), found.differs
 
 
 @pytest.mark.parametrize(

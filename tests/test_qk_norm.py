@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from attention_parts import (
@@ -15,14 +17,27 @@ from attention_parts import (
     error,
     inputs,
 )
-from torch import nn
+from torch import Tensor, nn
 from transformers import OlmoeConfig, Qwen3Config
 from transformers.models.olmoe import modeling_olmoe as olmoe
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
 
+from mendel.primitives.attention.layer import Attention
 from mendel.primitives.base import Gene
+
+
+def agree(ours: Attention, reference: Any, rotary: nn.Module, x: Tensor) -> None:
+    """With the reference's weights, its norms' scales drawn, our layer has its outputs."""
+    copy_projections(ours, *(getattr(reference, f"{n}_proj").weight for n in "qkvo"))
+    assert ours.q_norm is not None
+    assert ours.k_norm is not None
+    for norm, theirs in ((ours.q_norm, reference.q_norm), (ours.k_norm, reference.k_norm)):
+        nn.init.uniform_(theirs.weight, 0.5, 1.5)
+        norm.load_state_dict(theirs.state_dict())
+    angles = rotary(x, torch.arange(TOKENS)[None])
+    assert error(ours(x)[0], reference(x, angles, causal_mask(TOKENS))[0]) < 1e-5
 
 
 @torch.no_grad()
@@ -37,14 +52,7 @@ def test_qk_norm_is_qwen3s() -> None:
     torch.manual_seed(0)
     reference, x = qwen3.Qwen3Attention(settings, 0), inputs()
     ours = build({"kv_heads": 3, "head_dim": 10, "qk_norm": True})
-    copy_projections(ours, *(getattr(reference, f"{n}_proj").weight for n in "qkvo"))
-    assert ours.q_norm is not None
-    assert ours.k_norm is not None
-    for norm, theirs in ((ours.q_norm, reference.q_norm), (ours.k_norm, reference.k_norm)):
-        nn.init.uniform_(theirs.weight, 0.5, 1.5)
-        norm.load_state_dict(theirs.state_dict())
-    angles = qwen3.Qwen3RotaryEmbedding(settings)(x, torch.arange(TOKENS)[None])
-    assert error(ours(x)[0], reference(x, angles, causal_mask(TOKENS))[0]) < 1e-5
+    agree(ours, reference, qwen3.Qwen3RotaryEmbedding(settings), x)
 
 
 @torch.no_grad()
@@ -59,14 +67,7 @@ def test_a_norm_over_all_heads_is_olmoes() -> None:
     torch.manual_seed(0)
     reference, x = olmoe.OlmoeAttention(settings, 0), inputs()
     ours = build({"kv_heads": 3, "qk_norm": True, "norm_over": "all"})
-    copy_projections(ours, *(getattr(reference, f"{n}_proj").weight for n in "qkvo"))
-    assert ours.q_norm is not None
-    assert ours.k_norm is not None
-    for norm, theirs in ((ours.q_norm, reference.q_norm), (ours.k_norm, reference.k_norm)):
-        nn.init.uniform_(theirs.weight, 0.5, 1.5)
-        norm.load_state_dict(theirs.state_dict())
-    angles = olmoe.OlmoeRotaryEmbedding(settings)(x, torch.arange(TOKENS)[None])
-    assert error(ours(x)[0], reference(x, angles, causal_mask(TOKENS))[0]) < 1e-5
+    agree(ours, reference, olmoe.OlmoeRotaryEmbedding(settings), x)
 
 
 @pytest.mark.parametrize("over", ["head", "all"])
